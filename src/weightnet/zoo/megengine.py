@@ -11,8 +11,10 @@ A checkpoint is a pickle of an ordered dict, name -> NumPy array. Needs only Num
 Source: MegEngine 0.5.1 and 1.13 (`megengine/serialization.py`, `module/module.py`); megvii-model/WeightNet.
 """
 
+import contextlib
 import math
 import os
+import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from weightnet.errors import WeightsError
-from weightnet.zoo.pickle_machine import DAMAGED, MAX_NAME_BYTES, ArrayRecord, kind_of, read_pickle
+from weightnet.zoo.pickle_machine import DAMAGED, ArrayRecord, kind_of, read_pickle
+from weightnet.zoo.pickle_writer import write_pickle
 
 MAX_FILE_BYTES = 1 << 30
 MAX_DIMENSIONS = 8
+MAX_NAME_CHARACTERS = 250
+NAME_RULE = f"names must be printable text of 1 to {MAX_NAME_CHARACTERS} characters"
 DTYPES = {
     code: np.dtype(f"<{code}") for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 }
@@ -93,7 +98,90 @@ def to_torch_layout(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     >>> {name: array.shape for name, array in to_torch_layout(state).items()}
     {'0.weight': (6, 1, 5, 5), '0.bias': (6,), '1.running_var': (6,)}
     """
-    return {name: _torch_array(name, array) for name, array in state.items()}
+    return {
+        name: _torch_array(name, array, is_norm=f"{name.rpartition('.')[0]}.running_var" in state)
+        for name, array in state.items()
+    }
+
+
+def to_megengine_layout(
+    state: Mapping[str, np.ndarray], *, groups: Mapping[str, int], old_statistics: bool = False
+) -> dict[str, np.ndarray]:
+    """Return a PyTorch state dict with the shapes that MegEngine's layers have, in float32.
+
+    `num_batches_tracked` is dropped: MegEngine has no such entry. Names and order stay.
+
+    Args:
+        state: name -> array in PyTorch's layout.
+        groups: weight name -> number of groups, for every convolution with more than one (a PyTorch shape cannot tell).
+        old_statistics: give running statistics the shape (1, C, 1, 1) of MegEngine up to 1.0; later versions read both.
+
+    Returns:
+        Name -> array, sharing memory with `state` where possible.
+
+    Raises:
+        WeightsError: for an array that is not of floating point, a rank that its name does not allow, or a number of
+            groups that does not fit.
+
+    >>> state = {"0.weight": np.zeros((6, 1, 5, 5)), "0.bias": np.zeros(6), "1.running_var": np.ones(6)}
+    >>> {name: array.shape for name, array in to_megengine_layout(state, groups={"0.weight": 2}).items()}
+    {'0.weight': (2, 3, 1, 5, 5), '0.bias': (1, 6, 1, 1), '1.running_var': (6,)}
+    """
+    absent = [name for name in groups if name not in state]
+    if absent:
+        raise WeightsError(f"groups must be of weights in the state dict. Got {absent[:3]}. Pass the same network's.")
+    result = {}
+    for name, array in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        prefix, _, kind = name.rpartition(".")
+        array = _torch_array(name, array, is_norm=f"{prefix}.running_var" in state).astype(np.float32, copy=False)
+        weight = state.get(f"{prefix}.weight")
+        is_conv_bias = kind == "bias" and weight is not None and weight.ndim == 4
+        if is_conv_bias or (old_statistics and kind in ("running_mean", "running_var")):
+            array = array.reshape(1, -1, 1, 1)
+        result[name] = _grouped(name, array, groups.get(name, 1))
+    return result
+
+
+def write_megengine(state: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write a state dict as `megengine.save` does, to the byte; whole or not at all.
+
+    The original framework reads it (`megengine.load`), and so does `read_megengine`, bit for bit.
+
+    Args:
+        state: name -> array in MegEngine's layout (`to_megengine_layout` makes it), of floating, integer or bool type.
+        path: where to write; a file there is replaced once the new one is complete.
+
+    Raises:
+        WeightsError: for names or arrays that such a file cannot hold, or a path that cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_megengine({"bias": np.float32([1, 2])}, f"{folder}/weights.pkl")
+    ...     read_megengine(f"{folder}/weights.pkl")
+    {'bias': array([1., 2.], dtype=float32)}
+
+    Source: `megengine.save` of MegEngine 1.13.
+    """
+    arrays = {name: _writable(name, array) for name, array in state.items()}
+    if not arrays or sum(array.nbytes for array in arrays.values()) > MAX_FILE_BYTES:
+        raise WeightsError(f"a checkpoint must hold 1 to {MAX_FILE_BYTES} bytes of arrays. Got {len(arrays)} arrays.")
+    path = Path(path)
+    part = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    try:
+        with part.open("xb") as file:
+            write_pickle(arrays, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise WeightsError(
+            f"a weights file must be writable. Got path={str(path)!r}: {error.strerror}. Choose another path."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _read_file(path: Path) -> bytes:
@@ -138,16 +226,19 @@ def _state_dict(value: object) -> dict[str, ArrayRecord]:
             "Re-save it with megengine.save(module.state_dict(), path)."
         )
     for name, record in value.items():
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_BYTES:
-            raise WeightsError(
-                f"names must be text of 1 to {MAX_NAME_BYTES} characters. Got {str(name)[:40]!r}. {DAMAGED}"
-            )
+        if not _is_name(name):
+            raise WeightsError(f"{NAME_RULE}. Got {str(name)[:40]!r}. {DAMAGED}")
         if not isinstance(record, ArrayRecord):
             raise WeightsError(
                 f"every entry must be an array. Got {name!r}: {kind_of(record)}. "
                 "Re-save the state dict alone, with megengine.save(module.state_dict(), path)."
             )
     return value
+
+
+def _is_name(name: object) -> bool:
+    # Names are printed in messages: control characters could command a terminal.
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()
 
 
 def _as_array(name: str, record: ArrayRecord) -> np.ndarray:
@@ -201,20 +292,46 @@ def _checked_shape(name: str, shape: tuple[object, ...]) -> tuple[int, ...]:
     return sizes
 
 
-def _torch_array(name: str, array: np.ndarray) -> np.ndarray:
+def _torch_array(name: str, array: np.ndarray, *, is_norm: bool) -> np.ndarray:
     if array.dtype.kind != "f":
         raise WeightsError(
             f"weights must be of floating point. Got {name!r}: dtype={array.dtype}. Save it again as float32."
         )
     kind = name.rpartition(".")[2]
-    if kind == "weight" and array.ndim == 5:
+    if array.shape == (1, array.size, 1, 1) and (is_norm or kind == "bias"):
+        return array.reshape(-1)
+    if kind == "weight" and not is_norm and array.ndim == 5:
         groups, out_channels, *kernel = array.shape
         return array.reshape(groups * out_channels, *kernel)
-    if kind in ("bias", "running_mean", "running_var") and array.shape == (1, array.size, 1, 1):
-        return array.reshape(-1)
-    if array.ndim in ((1, 2, 4) if kind == "weight" else (1,)):
+    if array.ndim == 1 or (kind == "weight" and not is_norm and array.ndim in (2, 4)):
         return array
     raise WeightsError(
-        f"a MegEngine {kind[:40]!r} must be a convolution's, linear layer's or batch norm's. "
-        f"Got {name!r}: shape={array.shape}. Check that the file belongs to a WeightNet or ShuffleNetV2 network."
+        "an entry must have the shape of a convolution's, linear layer's or batch norm's weight, bias or running "
+        f"statistics. Got {name!r}: shape={array.shape}. Check that the file belongs to this network."
     )
+
+
+def _grouped(name: str, array: np.ndarray, groups: int) -> np.ndarray:
+    if groups == 1:
+        return array
+    if array.ndim != 4 or groups < 1 or array.shape[0] % groups:
+        raise WeightsError(
+            "groups must divide the output channels of a convolution's weight. "
+            f"Got {name!r}: shape={array.shape}, groups={groups}. Pass the groups of the same network."
+        )
+    return array.reshape(groups, array.shape[0] // groups, *array.shape[1:])
+
+
+def _writable(name: str, array: np.ndarray) -> np.ndarray:
+    if not _is_name(name):
+        raise WeightsError(f"{NAME_RULE}. Got {str(name)[:40]!r}. Rename it.")
+    if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("<") not in DTYPES.values():
+        raise WeightsError(
+            f"entries must be arrays of real numbers. Got {name!r}: {getattr(array, 'dtype', type(array).__name__)}. "
+            "Convert it with numpy.asarray(..., dtype=numpy.float32)."
+        )
+    if array.ndim > MAX_DIMENSIONS:
+        raise WeightsError(
+            f"arrays must have at most {MAX_DIMENSIONS} axes. Got {name!r}: ndim={array.ndim}. Reshape it."
+        )
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
