@@ -24,8 +24,9 @@ has acoustic ones; cougar, crocodile and flamingo have two classes each (body or
 `everyday112_classes.csv`, beside this script, is the class table in class-index order. `folder` is the category in
 lower case (Imagenette: the wnid), `wnid` the WordNet 3.0 noun of that thing, and `imagenet_index` the ImageNet-1000
 index where an ImageNet class is that same noun: cannon and rooster have none, because WordNet calls ImageNet's by
-another sense ("heavy gun fired from a tank", "adult male bird"). Left empty are the ids of heads, of what WordNet has no
-noun for, and where the photos show what are two nouns (menorahs with seven and with nine branches). Source: WordNet 3.0; the order of ImageNet's classes as in timm (Apache-2.0).
+another sense ("heavy gun fired from a tank", "adult male bird"). Left empty are ids of heads, of what WordNet has no
+noun for, and of classes whose photos mix nouns (menorahs with seven and with nine branches, pyramids of any kind, bills
+of any worth). Source: WordNet 3.0; the order of ImageNet's classes as in timm (Apache-2.0).
 """
 
 import argparse
