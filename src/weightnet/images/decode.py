@@ -150,12 +150,14 @@ def _quiet_opencv() -> Iterator[None]:
     The level belongs to the whole process, so threads that decode at once share one change: the first to come makes
     it and the last to go undoes it. What libjpeg itself writes about hostile files cannot be kept away so.
     """
-    from cv2.utils import logging
+    import cv2
 
+    # OpenCV 5 moved the function that 4 has at the top.
+    set_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel
     global _quiet_users, _quiet_previous
     with _quiet_lock:
         if _quiet_users == 0:
-            _quiet_previous = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+            _quiet_previous = set_level(0)
         _quiet_users += 1
     try:
         yield
@@ -163,7 +165,7 @@ def _quiet_opencv() -> Iterator[None]:
         with _quiet_lock:
             _quiet_users -= 1
             if _quiet_users == 0:
-                logging.setLogLevel(_quiet_previous)
+                set_level(_quiet_previous)
 
 
 def _read_file(path: Path) -> bytes:
