@@ -255,7 +255,7 @@ class _Machine:
             if type(key) not in (str, int):
                 raise self._error("names must be text", kind_of(key))
             if key in target:
-                raise self._error("names must be unique", f"{str(key)[:MAX_NAME_BYTES]!r} twice")
+                raise self._error("names must be unique", f"{str(key)[:40]!r} twice")
             target[key] = value
         self._push(target)
 
@@ -290,7 +290,7 @@ class _Machine:
         self._push(self._global(module, name))
 
     def _global(self, module: str, name: str) -> Global:
-        full_name = f"{module[:MAX_NAME_BYTES]}.{name[:MAX_NAME_BYTES]}"
+        full_name = f"{module[:100]}.{name[:100]}"
         if full_name in GLOBALS:
             return GLOBALS[full_name]
         if full_name.startswith("megengine."):
