@@ -1,0 +1,166 @@
+"""What a training run is made of: one frozen dataclass, whose fields are the options of `weightnet train`."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from weightnet.errors import UsageError, nearest
+from weightnet.images.transforms import Preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; the defaults are the original's recipe.
+
+    Args:
+        data: folder with `train/` and `val/`, each with one folder of photos per class.
+        out: run folder: weights, card, checkpoint and log; a model name everywhere.
+        model: a name of the zoo, which fixes the network.
+        pretrained: weights to start from: a model name, run folder or file; its classifier is new where classes differ.
+        epochs: passes over the training photos.
+        batch_size: photos per step.
+        learning_rate: of the first step, for 128 photos; multiplied by batch_size / 128, then linear to 0.
+        momentum: of stochastic gradient descent.
+        weight_decay: on weights of more than one axis; biases and batch norms are free of it.
+        label_smoothing: share of the target spread over all classes.
+        ema_decay: decay per step of the averaged weights that are evaluated and kept; 0 keeps the last weights.
+        balance: 0 draws every photo once per epoch; 1 draws classes equally often; between them, by class size to the
+            power of 1 - balance.
+        train_size: height and width of training crops, in pixels.
+        min_scale: smallest share of a photo's area that a training crop takes.
+        jitter: strength of brightness, contrast and saturation jitter.
+        resize: short edge of validation photos, in pixels.
+        crop: height and width of validation crops, in pixels.
+        interpolation: "linear" is the page's resizing, "area" is antialiased.
+        cache: short edge, in pixels, at which decoded training photos are kept in the run folder during the run; 0
+            decodes every photo in every epoch.
+        workers: processes that load photos; any number gives the same run.
+        seed: of weights, order and augmentation.
+        precision: "32-true", or mixed precision "bf16-mixed" or "16-mixed".
+        device: "auto", "cpu" or "cuda".
+        evaluate_every: epochs between evaluations.
+        checkpoint_minutes: minutes between checkpoints within an epoch; every epoch ends with one.
+        terms: the licence of the weights and the terms of the data, for the card.
+
+    Raises: UsageError for a value that breaks a rule, which the message states.
+
+    Example:
+        >>> TrainConfig(data="photos", out="run", batch_size=256).peak_learning_rate
+        0.125
+
+    Source: megvii-model/WeightNet, `train.py`.
+    """
+
+    data: str
+    out: str
+    model: str = "shufflenet_v2_x0_5"
+    pretrained: str | None = None
+    epochs: int = 240
+    batch_size: int = 128
+    learning_rate: float = 0.0625
+    momentum: float = 0.9
+    weight_decay: float = 4e-5
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.0
+    balance: float = 0.0
+    train_size: int = 224
+    min_scale: float = 0.08
+    jitter: float = 0.4
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["linear", "area"] = "linear"
+    cache: int = 0
+    workers: int = 2
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    evaluate_every: int = 1
+    checkpoint_minutes: float = 10.0
+    terms: str = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
+        for name in ("epochs", "batch_size", "evaluate_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.train_size >= 32, "train_size", "at least 32 px", self.train_size)
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
+        for name in ("balance", "jitter"):
+            _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
+        for name in ("workers", "seed", "cache", "weight_decay", "checkpoint_minutes"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(0 < self.min_scale <= 1, "min_scale", "above 0 and at most 1", self.min_scale)
+        self.preprocess  # noqa: B018  # checks resize, crop and interpolation by its own rules
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate of the first step."""
+        return self.learning_rate * self.batch_size / 128
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From a decoded photo to the network's input, outside training."""
+        return Preprocess(resize=self.resize, crop=self.crop, interpolation=self.interpolation)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "TrainConfig":
+        """Return the configuration of these options.
+
+        Raises: UsageError for an unknown option (with the nearest known ones) or a missing one.
+
+        Example:
+            >>> TrainConfig.from_options({"data": "photos", "out": "run", "epochs": 3}).epochs
+            3
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UsageError(
+                    f"A training option must be one of {', '.join(known)}. Got {name!r}. {nearest(str(name), known)}"
+                )
+        for name in ("data", "out"):
+            if options.get(name) is None:
+                raise UsageError(f"{name} must be given. Got nothing. Name the folder.")
+        return cls(**options)
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Read training options from a YAML file.
+
+    Raises: UsageError where the file cannot be read or is not a mapping of option names to values.
+    """
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"The configuration file {path} must be readable YAML. Got: {error}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise UsageError(f"The configuration file {path} must map option names to values. Got {options!r:.80}.")
+    return options
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise UsageError(f"{name} must be {rule}. Got {name}={value!r}. Choose another value.")
+
+
+def _check_type(name: str, value: object, annotation: Any) -> None:
+    """Check a value from a file or a flag: numbers finite, whole where the field is whole, choices among the choices."""
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        _require(value in choices, name, f"one of {', '.join(choices)}", value)
+    elif annotation is int:
+        _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
+    elif annotation is float:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(numeric, name, "a finite number", value)
+    else:
+        _require(isinstance(value, annotation), name, "text", value)
