@@ -43,6 +43,10 @@ class MissingDependencyError(WeightNetError, ImportError):
     """An optional package that is not installed; the message gives the command that installs it."""
 
 
+class WeightsWarning(UserWarning):
+    """Weights that were adapted to another network, or that want other pixels than the hub page's."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "Did you mean a, b or c?" for the known names nearest to `name`, or "" when none is near.
 
