@@ -47,7 +47,7 @@ class Compose:
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         for transform in transforms:
-            if not hasattr(transform, "apply"):
+            if isinstance(transform, type) or not hasattr(transform, "apply"):
                 raise UsageError(f"transforms must all have `apply`. Got {transform!r}. Pass instances: Resize(256).")
         self.transforms = list(transforms)
 
