@@ -53,7 +53,7 @@ def read_image(source: ImageSource, /) -> Pixels:
             EXIF orientation applied); or a uint8 array of shape (H, W, 3), blue, green, red, as `cv2.imread` gives it,
             or (H, W, 4) with alpha last, or (H, W) or (H, W, 1) for grey.
 
-    Shape: (H, W, 3) uint8: blue, green, red. An array of that shape comes back as it is, not copied.
+    Shape: (H, W, 3) uint8: blue, green, red. A contiguous array of that shape is not copied.
 
     Raises:
         ImageError: it cannot be read or decoded, or breaks one of the limits of this module. The text does not name
