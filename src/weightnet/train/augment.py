@@ -1,9 +1,10 @@
 """Training crops as the original makes them: random resized crop, flip, colour jitter; each a function of a generator.
 
-Source: megvii-model/WeightNet, `train.py`; MegEngine's `RandomResizedCrop` and `ColorJitter` (their formulas and order).
+Source: megvii-model/WeightNet, `train.py`; MegEngine's `RandomResizedCrop` and `ColorJitter`.
 """
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from weightnet.train.config import TrainConfig
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]
 BGR_TO_GREY = np.array([0.114, 0.587, 0.299], np.float32)
 
 
@@ -27,9 +28,7 @@ def augment(photo_HW3: Pixels, rng: np.random.Generator, config: TrainConfig) ->
     return colour_jitter(crop, rng, config.jitter)
 
 
-def random_crop_box(
-    width: int, height: int, rng: np.random.Generator, min_scale: float
-) -> tuple[int, int, int, int]:
+def random_crop_box(width: int, height: int, rng: np.random.Generator, min_scale: float) -> tuple[int, int, int, int]:
     """Return a random box (x, y, width, height) in pixels: min_scale to 1 of the area, aspect ratio 3/4 to 4/3.
 
     Example:

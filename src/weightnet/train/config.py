@@ -153,7 +153,7 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 
 
 def _check_type(name: str, value: object, annotation: Any) -> None:
-    """Check a value from a file or a flag: numbers finite, whole where the field is whole, choices among the choices."""
+    """Check a value from a file or a flag: finite numbers, whole where the field is, known choices."""
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
         _require(value in choices, name, f"one of {', '.join(choices)}", value)

@@ -4,6 +4,7 @@ A data folder holds `train/` and `val/`, each with one folder of photos per clas
 or the rows of an optional `classes.csv` beside them (columns folder, label, wnid, imagenet_index).
 """
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -11,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from weightnet.errors import DataError, ImageError
+from weightnet.errors import DataError, ImageError, TrainingError
 from weightnet.images.decode import IMAGE_SUFFIXES, read_image
 from weightnet.images.labels import ClassLabel, imagenet_classes
 from weightnet.images.transforms import Preprocess
@@ -62,7 +64,9 @@ def read_folders(root: str | Path) -> tuple[PhotoFolder, PhotoFolder]:
         raise DataError(f"{root / 'train'} must hold one folder of photos per class. Got no folder. Add them.")
     if names["train"] != names["val"]:
         odd = sorted(set(names["train"]) ^ set(names["val"]))
-        raise DataError(f"train/ and val/ must hold the same classes. Got {odd} in one of them only. Add or remove them.")
+        raise DataError(
+            f"train/ and val/ must hold the same classes. Got {odd} in one of them only. Add or remove them."
+        )
     folders, classes = _class_labels(root, names["train"])
     train, val = (_read_split(root / split, folders, classes) for split in ("train", "val"))
     return train, val
@@ -95,7 +99,9 @@ def _read_split(split: Path, folders: list[str], classes: tuple[ClassLabel, ...]
     for index, folder in enumerate(folders):
         found = sorted(entry.path for entry in os.scandir(split / folder) if _is_photo(entry.name))
         if not found:
-            raise DataError(f"Every class folder must hold photos. Got none in {split / folder}. Add some or remove it.")
+            raise DataError(
+                f"Every class folder must hold photos. Got none in {split / folder}. Add some or remove it."
+            )
         paths += found
         labels += [index] * len(found)
     return PhotoFolder(tuple(paths), np.array(labels), classes)
@@ -106,28 +112,27 @@ def _is_photo(name: str) -> bool:
 
 
 class PhotoCache:
-    """Decoded photos in one file, shrunk to a short edge: read back without copying. A photo that cannot be read is None.
+    """Decoded photos in one file, shrunk to a short edge: read back without copying. Unreadable ones are None.
 
     Args:
         paths: files to decode.
-        folder: where the cache file is written; it is removed by `remove`.
+        file: where they are kept.
         short_edge_px: photos with a longer short edge are shrunk to it, antialiased.
     """
 
-    def __init__(self, paths: tuple[str, ...], folder: Path, short_edge_px: int) -> None:
-        self.file = folder / "photos.cache"
+    def __init__(self, paths: tuple[str, ...], file: Path, short_edge_px: int) -> None:
         self.places: list[tuple[int, int, int] | None] = []  # offset, height, width
         offset = 0
-        with self.file.open("wb") as file, ThreadPool(os.cpu_count()) as pool:
+        with file.open("wb") as cache, ThreadPool(os.cpu_count()) as pool:
             jobs = ((path, short_edge_px) for path in paths)
             for photo in pool.imap(_decode_small, jobs, chunksize=32):
                 if photo is None:
                     self.places.append(None)
                     continue
-                file.write(photo.tobytes())
+                cache.write(photo.tobytes())
                 self.places.append((offset, *photo.shape[:2]))
                 offset += photo.nbytes
-        self.bytes = np.memmap(self.file, np.uint8, "r")
+        self.bytes = np.memmap(file, np.uint8, "r")
 
     def __getitem__(self, index: int) -> Pixels | None:
         place = self.places[index]
@@ -135,10 +140,6 @@ class PhotoCache:
             return None
         offset, height, width = place
         return self.bytes[offset : offset + height * width * 3].reshape(height, width, 3)
-
-    def remove(self) -> None:
-        """Delete the cache file."""
-        self.file.unlink(missing_ok=True)
 
 
 def _decode_small(job: tuple[str, int]) -> Pixels | None:
@@ -226,11 +227,48 @@ def collate(samples: list[tuple[Pixels, int] | None]) -> tuple[torch.Tensor, tor
     return torch.from_numpy(photos), torch.from_numpy(labels), len(samples) - len(good)
 
 
-def loader(dataset: Dataset[tuple[Pixels, int] | None], workers: int, **options: object) -> DataLoader[object]:
-    """Return a loader whose workers leave the processor's cores to the network."""
+def training_loader(
+    folder: PhotoFolder, batches: EpochBatches, config: TrainConfig, cache: PhotoCache | None
+) -> DataLoader[Any]:
+    """Return the loader of augmented batches; each pass over it is the epoch that `batches` stands at."""
+    # A generator of its own keeps the loader off the one that dropout draws from, so that a resumed run draws the same.
     return DataLoader(
-        dataset, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **options  # type: ignore[arg-type]
+        TrainingPhotos(folder, config, cache),
+        batch_sampler=batches,
+        num_workers=config.workers,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
     )
+
+
+def validation_loader(folder: PhotoFolder, config: TrainConfig) -> DataLoader[Any]:
+    """Return the loader of centre crops, in order."""
+    return DataLoader(
+        ValidationPhotos(folder, config.preprocess),
+        batch_size=64,
+        num_workers=config.workers,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+
+
+@contextlib.contextmanager
+def cached(folder: PhotoFolder, config: TrainConfig, run: Path) -> Iterator[PhotoCache | None]:
+    """Within the block, the decoded photos lie in the run folder if the configuration asks for it."""
+    if not config.cache:
+        yield None
+        return
+    file = run / "photos.cache"
+    try:
+        try:
+            cache = PhotoCache(folder.paths, file, config.cache)
+        except OSError as error:
+            raise TrainingError(f"The run folder must have room for decoded photos. Got {file}: {error}.") from error
+        yield cache
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _start_worker(worker: int) -> None:
