@@ -1,0 +1,238 @@
+"""What the commands write: messages on standard error, results on standard output, in the form that was asked for."""
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TextIO
+
+from cyclopts import Parameter
+
+from weightnet.errors import UsageError
+
+if TYPE_CHECKING:
+    from weightnet.predict.classifier import Prediction
+
+PROGRESS_AFTER_S = 2.0
+BAR_WIDTH = 20
+
+Form = Literal["text", "json", "jsonl", "csv"]
+Switch = Annotated[bool, Parameter(negative="", show_default=False)]  # a flag that is either given or not
+
+
+def say(message: str) -> None:
+    """Write a message to standard error; where that is closed or full, there is nobody to tell."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    r"""Return text that is safe on a terminal: control characters and undecodable bytes as escapes, lines kept.
+
+    >>> printable("a\tb\x1b[31m\udcff")
+    'a\\tb\\x1b[31m\\xff'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else _escape(c) for c in text)
+
+
+def printable_path(path: str) -> str:
+    r"""Return a path on one line, otherwise as `printable` does.
+
+    >>> printable_path("two\nlines.jpg")
+    'two\\nlines.jpg'
+    """
+    return printable(path).replace("\n", "\\n")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class Results:
+    """Standard output: takes any text, and shows it at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+
+    def write(self, text: str) -> None:
+        """Write text; an error says what could not be written."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def open_results(*, errors: str = "backslashreplace", encoding: str | None = None) -> Results:
+    """Return standard output.
+
+    Args:
+        errors: what becomes of characters that its encoding lacks.
+        encoding: the encoding; None keeps the one it has.
+
+    Raises: UsageError where it is closed.
+    """
+    if sys.stdout is None:
+        raise UsageError("Standard output must be open. Got a closed one. Send it to a file or /dev/null.")
+    if hasattr(sys.stdout, "reconfigure"):  # not where a caller replaced it
+        sys.stdout.reconfigure(errors=errors, encoding=encoding or sys.stdout.encoding)
+    return Results(sys.stdout)
+
+
+def silence_results() -> None:
+    """Send what is still to be written to standard output nowhere, so that Python does not fail on it at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+
+
+class RowWriter(Protocol):
+    """Writes predictions as they come."""
+
+    def write(self, prediction: "Prediction") -> None:
+        """Write one row."""
+        ...
+
+    def close(self) -> None:
+        """Write what comes after the last row."""
+        ...
+
+
+def open_rows(form: Form, *, columns: int) -> RowWriter:
+    """Return a writer of predictions to standard output; each row is there as soon as it is written.
+
+    Args:
+        form: "text" for people, "json" for one array, "jsonl" for one object per line, "csv" for a table.
+        columns: how many classes a row of the table has room for.
+
+    Raises: UsageError where standard output is closed.
+    """
+    if form == "csv":
+        return _CsvRows(open_results(encoding="utf-8", errors="surrogateescape"), columns)
+    results = open_results()
+    if form == "text":
+        return _TerminalRows(results) if results.is_terminal else _TextRows(results)
+    return _JsonRows(results, array=form == "json")
+
+
+class _JsonRows:
+    """One object per line; as an array, with brackets and commas around them. All in ASCII, whatever the locale."""
+
+    def __init__(self, results: Results, *, array: bool) -> None:
+        self._results = results
+        self._array = array
+        self._before = "[\n" if array else ""
+
+    def write(self, prediction: "Prediction") -> None:
+        self._results.write(self._before + json.dumps(prediction.to_dict()) + ("" if self._array else "\n"))
+        self._before = ",\n" if self._array else ""
+
+    def close(self) -> None:
+        if self._array:
+            self._results.write("\n]\n")
+
+
+class _CsvRows:
+    """path, status, error, then label1, index1, probability1, label2, ...; in UTF-8, paths byte for byte."""
+
+    def __init__(self, results: Results, columns: int) -> None:
+        self._table = csv.writer(results, lineterminator="\n")
+        self._columns = columns
+        self._path = printable_path if results.is_terminal else str
+        names = [f"{name}{rank}" for rank in range(1, columns + 1) for name in ("label", "index", "probability")]
+        self._table.writerow(["path", "status", "error", *names])
+
+    def write(self, prediction: "Prediction") -> None:
+        cells: list[Any] = [self._path(prediction.path or ""), prediction.status, prediction.error]
+        for score in prediction.top:
+            cells += [score.label, score.index, score.probability]
+        self._table.writerow(cells + [None] * (3 + 3 * self._columns - len(cells)))
+
+    def close(self) -> None:
+        """Write nothing: a table has no end."""
+
+
+class _TextRows:
+    """For people, without colours: the path, then one line for each class."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def write(self, prediction: "Prediction") -> None:
+        lines = [printable_path(prediction.path or "")]
+        if prediction.error is not None:
+            lines.append(f"  error: {printable_path(prediction.error)}")
+        lines += [f"  {score.probability:7.2%}  {score.label}" for score in prediction.top]
+        self._results.write("\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Write nothing: the rows are all."""
+
+
+class _TerminalRows:
+    """For people at a terminal: the same with bars and colours."""
+
+    def __init__(self, results: Results) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=results.stream, highlight=False, emoji=False, markup=False)
+
+    def write(self, prediction: "Prediction") -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        self._console.print(Text(printable_path(prediction.path or ""), style="bold"), soft_wrap=True)
+        if prediction.error is not None:
+            self._console.print(Text(f"  error: {printable_path(prediction.error)}", style="red"), soft_wrap=True)
+            return
+        table = Table.grid(padding=(0, 2))
+        for score in prediction.top:
+            bar = ProgressBar(total=1.0, completed=score.probability, width=BAR_WIDTH)
+            table.add_row(f"  {score.probability:7.2%}", bar, Text(score.label))
+        self._console.print(table)
+
+    def close(self) -> None:
+        """Write nothing: the rows are all."""
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Callable[[], None]]:
+    """Show a progress bar on standard error while the work is long; call what this gives once for each photo.
+
+    There is none where standard error is no terminal, nor where the rows themselves are seen to come on one.
+
+    Args:
+        total: how many photos there are; None where it is not known.
+    """
+    if not sys.stderr or not sys.stderr.isatty() or (sys.stdout and sys.stdout.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+    task = bar.add_task("photos", total=total)
+    begun = time.monotonic()
+
+    def advance() -> None:
+        bar.advance(task)
+        if not bar.live.is_started and time.monotonic() - begun > PROGRESS_AFTER_S:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

@@ -1,0 +1,114 @@
+"""`weightnet predict`: photos in, a row for each out."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+from cyclopts import Parameter
+
+from weightnet.cli.output import Form, Switch, open_rows, printable_path, progress, say
+from weightnet.errors import UsageError
+
+if TYPE_CHECKING:
+    from weightnet.zoo.cards import Card
+
+IMAGENET_MODEL = "shufflenet_v2_x1_0"
+
+
+def predict(
+    *paths: Annotated[str, Parameter(name="PATH")],
+    k: Annotated[int, Parameter(name="-k")] = 5,
+    model: str = "default",
+    engine: str = "auto",
+    device: str = "auto",
+    batch_size: int = 16,
+    json: Switch = False,
+    jsonl: Switch = False,
+    csv: Switch = False,
+) -> int:
+    """Classify photos and write one row for each, in their order, as they come.
+
+    Results go to standard output; progress and messages go to standard error.
+
+    Exit codes: 0 where all photos were classified; 1 where one could not be (its row says why, and the rows of all
+    others are there); 2 for wrong usage, an unknown model, or where nothing matched.
+
+    Args:
+        paths: Photos; folders (all photos in them and their subfolders, hidden ones left out); quoted patterns
+            (`"*.jpg"`, `"photos/**/cat*"`); or `-` for a photo on standard input. Put `--` before names that begin with
+            a dash.
+        k: How many classes to name, the most probable first.
+        model: A name of `weightnet models`, a run folder, a weights file, or its address.
+        engine: What runs the network: auto or torch.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch_size: Photos that run at once.
+        json: Write one JSON array, with an object for each photo:
+            `{"path", "status": "ok" | "error", "error", "top": [{"label", "index", "probability"}]}`.
+        jsonl: Write the same objects, one a line.
+        csv: Write a table, a row for each photo: path, status, error, then label1, index1, probability1, label2, and so
+            on.
+    """
+    form = _form(json=json, jsonl=jsonl, csv=csv)
+    reports: list[str] = []
+
+    def report(message: str) -> None:
+        reports.append(message)
+        say(f"weightnet: {printable_path(message)}")
+
+    photos = _photos(paths, report)
+    first = next(photos, None)
+    if first is None:
+        got = ", ".join(map(repr, paths)) or "nothing"
+        raise UsageError(f"PATH must name at least one photo. Got {got}. Give photos, folders or quoted patterns.")
+
+    from weightnet.predict.classifier import Classifier
+    from weightnet.predict.inputs import stands_for_many
+
+    classifier = Classifier(model, engine=engine, device=device, batch_size=batch_size)
+    if model == "default" and form == "text":
+        say(_scope(classifier.card))
+    predictions = classifier.stream(itertools.chain([first], photos), k=k)
+    rows = open_rows(form, columns=min(k, len(classifier.card.classes)))
+    done = failed = 0
+    with progress(None if any(map(stands_for_many, paths)) else len(paths)) as advance:
+        for prediction in predictions:
+            rows.write(prediction if prediction.path is not None else dataclasses.replace(prediction, path="-"))
+            done += 1
+            failed += prediction.status == "error"
+            advance()
+    rows.close()
+    if failed:
+        say(f"weightnet: {failed} of {done} photos could not be classified; their rows say why.")
+    return 1 if failed or reports else 0
+
+
+def _form(*, json: bool, jsonl: bool, csv: bool) -> Form:
+    wanted: dict[Form, bool] = {"json": json, "jsonl": jsonl, "csv": csv}
+    chosen = [form for form, given in wanted.items() if given]
+    if len(chosen) > 1:
+        raise UsageError(f"The output must have one form. Got --{' and --'.join(chosen)}. Leave all but one out.")
+    return chosen[0] if chosen else "text"
+
+
+def _photos(paths: tuple[str, ...], report: Callable[[str], None]) -> "Iterator[str | BinaryIO]":
+    from weightnet.predict.inputs import find_images
+
+    for path in paths:
+        if path != "-":
+            yield from find_images([path], report=report)
+        elif sys.stdin is None:
+            raise UsageError("Standard input must be open to read a photo from it. Got a closed one. Pipe a photo in.")
+        else:
+            yield sys.stdin.buffer
+
+
+def _scope(card: "Card") -> str:
+    """Return one line on what the embedded default knows, and on what knows more."""
+    labels = [entry.label for entry in card.classes]
+    examples = ", ".join(labels[:: max(1, len(labels) // 4)][:4])
+    return (
+        f"The default model knows {len(labels)} things ({examples}, ...). "
+        f"For ImageNet's 1,000 classes: --model {IMAGENET_MODEL} (downloads the original's weights once)."
+    )

@@ -1,0 +1,83 @@
+"""`weightnet train`: every field of `TrainConfig` is a flag."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from weightnet.cli.output import Switch, open_results, printable, say
+from weightnet.train.config import TrainConfig, read_options
+
+if TYPE_CHECKING:
+    from weightnet.train.loop import Progress
+
+
+def _flag(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
+    """Return a field of TrainConfig as a flag: None where it is not given, so that a file can stand behind it."""
+    default = False if field.default in (dataclasses.MISSING, None, "") else str(field.default)
+    hint = Annotated[field.type | None, Parameter(show_default=default)]  # type: ignore[name-defined]
+    return field.name, hint, dataclasses.field(default=None, kw_only=True)
+
+
+Flags = dataclasses.make_dataclass(
+    "Flags",
+    [_flag(field) for field in dataclasses.fields(TrainConfig)],
+    frozen=True,
+    namespace={"__doc__": TrainConfig.__doc__, "__module__": __name__},
+)
+
+
+def train(
+    flags: Annotated[Flags | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    *,
+    config: str | None = None,
+    resume: Switch = False,
+) -> int:
+    """Train a network on folders of photos.
+
+    The run folder is then a model's name everywhere. Progress goes to standard error; Ctrl-C saves the run.
+
+    Args:
+        config: YAML file of options, named as here with _ for -; flags go before it.
+        resume: Go on from the run folder's checkpoint; the run's own options are kept.
+    """
+    given = {name: value for name, value in (dataclasses.asdict(flags) if flags else {}).items() if value is not None}
+    options = TrainConfig.from_options({**(read_options(config) if config else {}), **given})
+    results = open_results()
+
+    from weightnet.train.loop import fit
+
+    with _reports() as report:
+        card = fit(options, resume=resume, report=report)
+    results.write(printable(f"{options.out}: {_figures(card.measured)}") + "\n")
+    return 0
+
+
+@contextmanager
+def _reports() -> "Iterator[Callable[[Progress], None]]":
+    """Show steps in a progress bar, where standard error is a terminal, and each evaluation on a line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as bar:
+        task = bar.add_task("steps", total=None)
+
+        def report(progress: "Progress") -> None:
+            if progress.measured is not None:
+                say(f"epoch {progress.epoch}: {_figures(progress.measured)}")
+                return
+            text = f"epoch {progress.epoch}, loss {progress.loss:.3f}, {progress.photos_per_s:.0f} photos/s"
+            bar.update(task, completed=progress.step, total=progress.total_steps, description=text)
+
+        yield report
+
+
+def _figures(measured: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in measured.items()
+    )

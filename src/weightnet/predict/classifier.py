@@ -1,0 +1,197 @@
+"""Photos in, predictions out: one `Classifier` for a few photos or for any number of them."""
+
+import dataclasses
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from weightnet.errors import ImageError, UsageError
+from weightnet.images.decode import ImageSource, read_image
+from weightnet.predict.engines import Batch, Model, open_engine
+from weightnet.predict.metrics import softmax
+
+_DECODE_THREADS = min(4, os.cpu_count() or 1)  # decoding takes less time than the network: more threads only add memory
+
+_Prepared: TypeAlias = "Batch | str"  # what the network takes, or what is wrong with the photo
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScore:
+    """One class of a prediction.
+
+    Args:
+        label: what the class is called.
+        index: number of the class among the model's.
+        probability: 0 to 1; those of all classes sum to 1.
+    """
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the network says about one photo, or why it says nothing.
+
+    Args:
+        path: the photo's path; None for bytes, arrays and other photos without one.
+        status: "ok", or "error" for a photo that could not be classified.
+        error: what is wrong with the photo; None where the status is "ok".
+        top: the most probable classes, best first; equal ones by class number. Empty where the status is "error".
+
+    Example:
+        >>> prediction = Prediction("cat.jpg", "ok", None, (ClassScore("cat", 3, 0.9),))
+        >>> prediction.to_dict()["top"]
+        [{'label': 'cat', 'index': 3, 'probability': 0.9}]
+    """
+
+    path: str | None
+    status: Literal["ok", "error"]
+    error: str | None
+    top: tuple[ClassScore, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["top"] = [dataclasses.asdict(score) for score in self.top]
+        return fields
+
+
+class Classifier:
+    """Classifies photos by one model, which is loaded once.
+
+    Args:
+        model: a name of `list_models()`, a run folder, a weights file, or a network with a card in `.card`, of which a
+            copy is taken.
+        engine: what runs the network: "auto" or "torch".
+        device: "auto" takes a GPU where there is one; "cpu", "cuda", "cuda:N" or "mps".
+        batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
+
+    Raises:
+        UsageError: an unknown engine or device, a batch size below 1, or a network that does not take colour photos.
+        UnknownModelError: no model of this name.
+        WeightsError, DownloadError: the weights cannot be read or fetched.
+
+    Example:
+        >>> from weightnet.nn.shufflenet import ShuffleNetV2
+        >>> from weightnet.nn.variants import NetworkSpec
+        >>> from weightnet.images.labels import ClassLabel
+        >>> from weightnet.zoo.cards import Card
+        >>> spec = NetworkSpec((16, 32, 64), stem_channels=8, head_channels=32, num_classes=2)
+        >>> network = ShuffleNetV2(spec)
+        >>> network.card = Card("two", spec, (ClassLabel("cat"), ClassLabel("dog")))
+        >>> classify = Classifier(network)
+        >>> classify(np.zeros((300, 400, 3), np.uint8))[0].status
+        'ok'
+        >>> classify(b"not a photo", k=1)[0].status
+        'error'
+    """
+
+    def __init__(
+        self, model: Model = "default", *, engine: str = "auto", device: str = "auto", batch_size: int = 16
+    ) -> None:
+        _check_count("batch_size", batch_size)
+        self.batch_size = batch_size
+        self._engine = open_engine(model, engine=engine, device=device)
+        self.card = self._engine.card
+        if self.card.network.in_channels != 3:
+            raise UsageError(
+                "A network must take 3 channels to classify photos. "
+                f"Got in_channels={self.card.network.in_channels}. Call the network itself instead."
+            )
+
+    def __call__(self, images: "ImageSource | Iterable[ImageSource]", *, k: int = 5) -> list[Prediction]:
+        """Classify photos and return one prediction for each, in their order.
+
+        Args:
+            images: paths, the bytes of image files, binary file objects, PIL images, or arrays (H, W, 3) of uint8 in
+                the order blue, green, red; one alone gives a list of one.
+            k: how many classes to name, at least 1; more than there are names all.
+
+        Raises:
+            UsageError: k is below 1. A photo that cannot be read raises nothing: its prediction says so.
+        """
+        return list(self.stream(images, k=k))
+
+    def stream(self, images: "ImageSource | Iterable[ImageSource]", *, k: int = 5) -> Iterator[Prediction]:
+        """Classify any number of photos, one after the other, in bounded memory.
+
+        Photos are taken from `images` as they are needed, up to two batches ahead of the predictions. Paths and bytes
+        are decoded in threads; file objects, PIL images and arrays as they are taken, so that the source may close or
+        change them when the next is asked for.
+
+        Args and errors are those of a call.
+        """
+        _check_count("k", k)
+        alone = isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read")
+        if alone or not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]  # type: ignore[list-item]
+        return self._stream(iter(images), k)  # type: ignore[arg-type]
+
+    def _stream(self, images: Iterator[ImageSource], k: int) -> Iterator[Prediction]:
+        ahead: deque[tuple[str | None, Future[_Prepared] | _Prepared]] = deque()
+        with ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="weightnet-decode") as threads:
+            try:
+                while True:
+                    for image in itertools.islice(images, 2 * self.batch_size - len(ahead)):
+                        ahead.append((_path(image), self._begin(image, threads)))
+                    if not ahead:
+                        return
+                    batch = [ahead.popleft() for _ in range(min(self.batch_size, len(ahead)))]
+                    yield from self._classify(batch, k)
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, image: ImageSource, threads: ThreadPoolExecutor) -> "Future[_Prepared] | _Prepared":
+        if isinstance(image, str | os.PathLike | bytes):
+            return threads.submit(self._prepare, image)
+        return self._prepare(image)
+
+    def _prepare(self, image: ImageSource) -> _Prepared:
+        try:
+            return self.card.preprocess(read_image(image))
+        except ImageError as error:
+            return str(error)
+        except MemoryError:
+            return "a photo must fit into memory while it is decoded. Got too little memory. Scale it down."
+        except Exception as error:  # file objects and PIL's plug-ins raise anything; no photo may harm its neighbours
+            return f"a photo must be readable. Got {type(error).__name__}: {error}. Check the file."
+
+    def _classify(
+        self, batch: list[tuple[str | None, "Future[_Prepared] | _Prepared"]], k: int
+    ) -> Iterator[Prediction]:
+        prepared = [(path, item.result() if isinstance(item, Future) else item) for path, item in batch]
+        inputs = [x_CHW for _, x_CHW in prepared if not isinstance(x_CHW, str)]
+        logits = iter(self._engine.run(np.stack(inputs)) if inputs else ())
+        for path, item in prepared:
+            if isinstance(item, str):
+                yield Prediction(path, "error", item, ())
+            else:
+                yield self._prediction(path, next(logits), k)
+
+    def _prediction(self, path: str | None, logits_K: Batch, k: int) -> Prediction:
+        if not np.isfinite(logits_K).all():
+            text = (
+                "the network's output must be finite. Got NaN or infinity for this photo. "
+                "The weights are damaged or do not fit their preprocessing: get them again."
+            )
+            return Prediction(path, "error", text, ())
+        probabilities_K = softmax(logits_K[None])[0]
+        best = np.argsort(-logits_K, kind="stable")[:k]
+        scores = (ClassScore(self.card.classes[i].label, int(i), float(probabilities_K[i])) for i in best)
+        return Prediction(path, "ok", None, tuple(scores))
+
+
+def _path(image: ImageSource) -> str | None:
+    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else None
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1. Got {name}={value!r}. Use a larger number.")
