@@ -18,6 +18,7 @@ from weightnet.images.labels import ClassLabel, imagenet_classes
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.variants import NetworkSpec
 
+EMBEDDED = Path(__file__).parent / "embedded"
 MAX_CARD_BYTES = 32 << 20
 MAX_NETWORK_SIZE = 1 << 20  # channels, blocks or classes: far above any network, far below what fills a memory
 
@@ -166,8 +167,7 @@ def numbered_classes(num_classes: int) -> tuple[ClassLabel, ...]:
 
 def embedded_models() -> dict[str, Path]:
     """Return the models inside the package: name to weights file, whose card lies beside it."""
-    folder = Path(__file__).parent / "embedded"
-    return {file.stem: file for file in sorted(folder.glob("*.safetensors")) if card_path(file).is_file()}
+    return {file.stem: file for file in sorted(EMBEDDED.glob("*.safetensors")) if card_path(file).is_file()}
 
 
 def read_file(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:

@@ -56,11 +56,12 @@ def convert(
     spec, card = _described(path, state, pixels)
     sha256 = hashlib.sha256(read_file(path, max_bytes=MAX_WEIGHTS_BYTES)).hexdigest()
     converted = {"file": path.name, "sha256": sha256, "converter": f"weightnet {__version__}"}
-    card = dataclasses.replace(card, made_by={**card.made_by, "converted_from": converted})
+    # The hash of the trained file, which its run notes, is not that of the new one.
+    notes = {name: value for name, value in card.notes.items() if name != "weights_sha256"}
+    card = dataclasses.replace(card, made_by={**card.made_by, "converted_from": converted}, notes=notes)
     if out.suffix in MEGENGINE_SUFFIXES:
-        # Sorted by name, as the original writes them: a file that came from there becomes the same bytes again.
-        original = to_megengine_layout(dict(sorted(state.items())), groups=_groups(spec))
-        write_megengine(original, out)
+        # The state is sorted by name, as the original writes it: a file that came from there becomes the same bytes.
+        write_megengine(to_megengine_layout(state, groups=_groups(spec)), out)
         return card
     try:
         write_atomically(out, save(state))

@@ -85,14 +85,14 @@ def find_weights(model: str | os.PathLike[str], *, progress: bool = True) -> Pat
     if "://" in name:
         return fetch(name, progress=progress)
     path = Path(name)
-    if os.path.isdir(path):  # unlike Path.is_dir, it takes any text for an answer of False
+    if name and os.path.isdir(path):  # unlike Path.is_dir, it takes any text for an answer of False
         if not (path / "weights.safetensors").is_file():
             raise WeightsError(
                 f"A run folder must hold weights.safetensors. Got {path} without it. "
                 "Wait for the run's first evaluation, or give the weights file itself."
             )
         return path / "weights.safetensors"
-    if not os.path.exists(path):
+    if not name or not os.path.exists(path):
         raise UnknownModelError(
             "A model must be a name of `weightnet models`, a run folder or a weights file. "
             f"Got model={name!r}. {nearest(name, list_models()) or 'See `weightnet models` for the names.'}"

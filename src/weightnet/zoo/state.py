@@ -23,7 +23,8 @@ from weightnet.zoo.megengine import SIGNATURES, read_megengine, to_torch_layout
 State = dict[str, npt.NDArray[np.float32]]
 
 MAX_WEIGHTS_BYTES = 1 << 30
-LISTED_NAMES = 20  # how many names of a kind an error lists
+MAX_AXES = 8
+LISTED_NAMES = 10  # how many names of a kind an error lists
 
 _SAFETENSORS_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 # All that a state dict of PyTorch needs; `torch.load(weights_only=True)` would let some more pass.
@@ -42,7 +43,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
     Args:
         path: the file, of at most 1 GiB.
 
-    Returns: name to array in PyTorch's layout, each array contiguous, writable and finite, in the file's order.
+    Returns: name to array in PyTorch's layout, each array contiguous, writable and finite, sorted by name.
 
     Raises: WeightsError for anything else; the message names the file and what is wrong.
     """
@@ -56,7 +57,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
             arrays = to_torch_layout(read_megengine(data))
         else:
             _refuse_unknown(data)
-        return {name: _finite_float32(name, array) for name, array in arrays.items()}
+        return {name: _finite_float32(name, arrays[name]) for name in sorted(arrays)}
     except WeightsError as error:
         raise WeightsError(f"The weights {path} cannot be loaded. {error}") from error
 
@@ -222,6 +223,8 @@ def _read_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
             array = np.frombuffer(raw, _SAFETENSORS_DTYPES[dtype])
         else:
             _refuse_dtype(name, dtype)
+        if len(entry["shape"]) > MAX_AXES:
+            raise WeightsError(f"Weights must have at most {MAX_AXES} axes. Got {name} of {len(entry['shape'])}.")
         arrays[name] = array.reshape(entry["shape"])
     return arrays
 
