@@ -11,17 +11,15 @@ A checkpoint is a pickle of an ordered dict, name -> NumPy array. Needs only Num
 Source: MegEngine 0.5.1 and 1.13 (`megengine/serialization.py`, `module/module.py`); megvii-model/WeightNet.
 """
 
-import contextlib
+import io
 import math
 import os
-import secrets
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from weightnet.errors import WeightsError
+from weightnet.zoo.cards import read_file, write_atomically
 from weightnet.zoo.pickle_machine import DAMAGED, ArrayRecord, kind_of, read_pickle
 from weightnet.zoo.pickle_writer import write_pickle
 
@@ -70,7 +68,7 @@ def read_megengine(source: bytes | str | os.PathLike[str]) -> dict[str, np.ndarr
 
     Source: `megengine.save` of MegEngine 0.5.1 and 1.13.
     """
-    data = source if isinstance(source, bytes) else _read_file(Path(source))
+    data = source if isinstance(source, bytes) else read_file(source, max_bytes=MAX_FILE_BYTES)
     _check_signature(data)
     state = _state_dict(read_pickle(data))
     # Views of the same bytes under many names would take many times the file's size once they are arrays.
@@ -167,37 +165,14 @@ def write_megengine(state: Mapping[str, np.ndarray], path: str | os.PathLike[str
     arrays = {name: _writable(name, array) for name, array in state.items()}
     if not arrays or sum(array.nbytes for array in arrays.values()) > MAX_FILE_BYTES:
         raise WeightsError(f"a checkpoint must hold 1 to {MAX_FILE_BYTES} bytes of arrays. Got {len(arrays)} arrays.")
-    path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    file = io.BytesIO()
+    write_pickle(arrays, file)
     try:
-        with part.open("xb") as file:
-            write_pickle(arrays, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
+        write_atomically(path, file.getvalue())
+    except (OSError, ValueError) as error:  # ValueError: a path without a name
         raise WeightsError(
-            f"a weights file must be writable. Got path={str(path)!r}: {error.strerror}. Choose another path."
+            f"a weights file must be writable. Got path={str(path)!r}: {error}. Choose another path."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            # A device or pipe has no size to check.
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise WeightsError(f"a weights file must be a regular file. Got path={str(path)!r}. Copy it to a file.")
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise WeightsError(
-            f"a weights file must be readable. Got path={str(path)!r}: {error.strerror}. Check the path."
-        ) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise WeightsError(f"a checkpoint must have at most {MAX_FILE_BYTES} bytes. Got path={str(path)!r}. {DAMAGED}")
-    return data
 
 
 def _check_signature(data: bytes) -> None:
@@ -222,7 +197,7 @@ def _state_dict(value: object) -> dict[str, ArrayRecord]:
         value = value["state_dict"]
     if not isinstance(value, dict) or not value:
         raise WeightsError(
-            f"a checkpoint must hold a dict of arrays. Got {kind_of(value) if value else 'an empty one'}. "
+            f"a checkpoint must hold a dict of arrays. Got {'an empty one' if value == {} else kind_of(value)}. "
             "Re-save it with megengine.save(module.state_dict(), path)."
         )
     for name, record in value.items():

@@ -72,7 +72,14 @@ def kind_of(value: object) -> str:
     """
     if isinstance(value, Global):
         return f"the name {value.value}"
-    words = {ArrayRecord: "an array", DtypeRecord: "an array's dtype", memoryview: "bytes", str: "text", int: "an int"}
+    words = {
+        type(None): "None",
+        ArrayRecord: "an array",
+        DtypeRecord: "an array's dtype",
+        memoryview: "bytes",
+        str: "text",
+        int: "an int",
+    }
     return words.get(type(value), f"a {type(value).__name__}")
 
 
