@@ -1,5 +1,6 @@
 """What models there are and where their weights are: names, the published checkpoints, downloads. Needs no PyTorch."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -203,10 +204,11 @@ class _RefusedError(Exception):
 def _transfer(url: str, target: Path, progress: bool, timeout_s: float) -> None:
     import pooch
 
-    with _Meter(progress, target.name.removesuffix(".part")) as meter:
+    with contextlib.ExitStack() as opened, _Meter(progress, target.name.removesuffix(".part")) as meter:
         announced: dict[str, int] = {}
 
         def on_response(response: "requests.Response", *_: Any, **__: Any) -> None:
+            opened.callback(response.close)  # where it fails, pooch leaves the connection open
             _check_redirect(response)
             if response.ok and not response.is_redirect:
                 announced.update(_announced_size(response))
