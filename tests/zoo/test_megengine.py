@@ -1,10 +1,13 @@
 """Reading, writing and reshaping MegEngine state dicts: what honest files must give, to the bit."""
 
 import collections
+import gzip
 import hashlib
 import os
 import pickle
 import stat
+import struct
+import tracemalloc
 from pathlib import Path
 
 import hypothesis
@@ -122,6 +125,61 @@ def test_read_megengine_equals_what_was_pickled(state: State, protocol: int) -> 
     hypothesis.assume(protocol > 2 or all(array.size for array in state.values()))
     data = pickle.dumps(collections.OrderedDict(state), protocol=protocol)
     assert_same(read_megengine(data), state)
+
+
+def test_read_megengine_refuses_every_truncation() -> None:
+    data = pickle.dumps({"conv.weight": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float16)}, protocol=4)
+    for length in range(len(data)):
+        with pytest.raises(WeightsError):
+            read_megengine(data[:length])
+
+
+# Other files
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"PK\x03\x04" + bytes(50), "a ZIP archive, perhaps a PyTorch checkpoint"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "a PyTorch checkpoint in the format before 1.6"),
+        (struct.pack("<Q", 20) + b'{"__metadata__":{}}   ', "a safetensors file"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\n  <html>", "a web page"),
+        (gzip.compress(b"x"), "a gzip archive"),
+        (b"\x93NUMPY\x01\0", "a NumPy array file"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x89PNG\r\n\x1a\n", "a picture"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (pickle.dumps({"a": 1}, protocol=0), "protocol 0 or 1"),
+        (pickle.dumps({"a": 1}, protocol=1), "protocol 0 or 1"),
+        (b"\x80\x06}.", "other data"),
+        (b"hello", "other data"),
+    ],
+)
+def test_read_megengine_says_what_another_file_looks_like(data: bytes, match: str) -> None:
+    with pytest.raises(WeightsError, match=match):
+        read_megengine(data)
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "pipe", "device", "null"])
+def test_read_megengine_names_a_path_that_is_no_readable_file(kind: str, tmp_path: Path) -> None:
+    path = {"folder": tmp_path, "device": Path("/dev/zero"), "null": "a\0b"}.get(kind, tmp_path / kind)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / kind)
+    with pytest.raises(WeightsError, match="file"):
+        read_megengine(path)
+
+
+def test_read_megengine_refuses_a_file_of_more_than_a_gibibyte(tmp_path: Path) -> None:
+    with (tmp_path / "large.pkl").open("wb") as file:
+        file.write(b"\x80\x04")
+        file.truncate((1 << 30) + 1)
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="1073741824"):
+        read_megengine(tmp_path / "large.pkl")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 # Writing
