@@ -389,6 +389,7 @@ def test_read_megengine_refuses_an_array_that_was_never_filled() -> None:
         (file_of(ONE) + file_of(ONE), "behind it"),
         (b"\x80\x05\x80\x06}.", "protocol=6"),
         (HEADER + b"NNa.", "to a list"),
+        (file_of(b"\x8a\x09" + bytes(9)), "8 bytes"),
         (HEADER + b"N(NNe.", "to a list"),
         (HEADER + b"NN\x93.", "name must be text"),
         (HEADER + b"c" + b"x" * 2000 + b"\nx\n.", "longer"),

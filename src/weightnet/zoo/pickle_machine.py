@@ -189,7 +189,7 @@ class _Machine:
 
     def _long(self) -> int:
         width = self._unsigned(1)
-        if width > 8:
+        if width > 8:  # longer ones could be made to collide as names of a dict, at quadratic cost
             raise self._error("integers must fit in 8 bytes", f"an integer of {width} bytes")
         return int.from_bytes(self._take(width), "little", signed=True)
 
