@@ -170,6 +170,19 @@ def test_fetch_uses_a_file_that_was_put_there_by_hand(server: Server, cache: Pat
         fetch(server.url)
 
 
+def test_fetch_uses_a_file_in_a_folder_that_cannot_be_written(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(hub, "write_atomically", refuse)
+    cache.mkdir()
+    cached_path(server.url).write_bytes(b"by hand")
+    assert fetch(server.url).read_bytes() == b"by hand"
+    assert not server.requests
+
+
 def test_fetch_of_two_processes_at_once_downloads_once(server: Server, tmp_path: Path) -> None:
     def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
         server.release.wait(1)  # long enough for the other process to come

@@ -486,6 +486,17 @@ def test_load_refuses_a_packed_torch_file(tensors: Tensors, tmp_path: Path) -> N
         load(tmp_path / "w.pt")
 
 
+def test_load_refuses_an_index_out_of_all_proportion(tmp_path: Path) -> None:
+    many = {f"{index:08}": ENTRY for index in range(80_000)}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps(many, protocol=2) * 4)
+    for content in (safetensors_of_header(many, bytes(8)), buffer.getvalue()):
+        (tmp_path / "w").write_bytes(content)
+        with pytest.raises(WeightsError, match="list of names and shapes"):
+            load(tmp_path / "w")
+
+
 def test_load_refuses_a_script_archive(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

@@ -286,7 +286,8 @@ def _check_copy(expected: Published, path: Path) -> None:
         ) from error
     if not record.is_file():
         fields = {"url": expected.url, "size": path.stat().st_size, "sha256": sha256}
-        write_atomically(record, json.dumps(fields, indent=2).encode())
+        with contextlib.suppress(OSError):  # a cache that cannot be written, filled by its owner, serves all the same
+            write_atomically(record, json.dumps(fields, indent=2).encode())
 
 
 def _failed(url: str, path: Path, error: Exception) -> DownloadError:

@@ -23,6 +23,7 @@ from weightnet.zoo.megengine import SIGNATURES, read_megengine, to_torch_layout
 State = dict[str, npt.NDArray[np.float32]]
 
 MAX_WEIGHTS_BYTES = 1 << 30
+MAX_INDEX_BYTES = 4 << 20  # names and shapes: 100 kB in the largest network; read, they take ten times the room
 MAX_AXES = 8
 LISTED_NAMES = 10  # how many names of a kind an error lists
 
@@ -208,6 +209,7 @@ def _refuse_dtype(name: str, dtype: object) -> NoReturn:
 def _read_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
     import safetensors
 
+    _check_index(int.from_bytes(data[:8], "little"))
     try:
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except (safetensors.SafetensorError, MemoryError, OverflowError) as error:
@@ -272,6 +274,7 @@ def _check_torch_archive(data: bytes) -> None:
                 f"A PyTorch file must be a state dict. Got an archive with {pickles[:4]}. "
                 "Write one with torch.save(network.state_dict(), path)."
             )
+        _check_index(archive.getinfo(pickles[0]).file_size)
         foreign = {
             str(argument)
             for opcode, argument, _ in pickletools.genops(archive.read(pickles[0]))
@@ -281,6 +284,14 @@ def _check_torch_archive(data: bytes) -> None:
         raise WeightsError(
             f"A PyTorch file must hold nothing but tensors. Got {', '.join(sorted(foreign)[:LISTED_NAMES])}. "
             "Write it again with torch.save(network.state_dict(), path)."
+        )
+
+
+def _check_index(size: int) -> None:
+    if size > MAX_INDEX_BYTES:
+        raise WeightsError(
+            f"A weights file's list of names and shapes must be at most {MAX_INDEX_BYTES} bytes. Got {size}. "
+            "Write a file of the weights alone."
         )
 
 
