@@ -203,6 +203,17 @@ def test_decode_image_refuses_floating_point(photo: Image.Image, encode: Encode)
         decode_image(encode(photo.convert("F"), "TIFF"))
 
 
+def test_decode_image_turns_errors_of_opencv_into_its_own(
+    encode: Encode, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise cv2.error("insufficient memory")
+
+    monkeypatch.setattr(cv2, "imdecode", fail)
+    with pytest.raises(ImageError, match="a whole, undamaged file"):
+        decode_image(encode(photo, "JPEG"))
+
+
 def test_decode_image_refuses_pixels_that_differ_from_the_header(
     encode: Encode, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +368,7 @@ def test_read_image_takes_arrays_as_bgr(photo: Image.Image) -> None:
     alpha = np.full((75, 113, 1), 7, np.uint8)
     np.testing.assert_array_equal(read_image(np.concatenate([array, alpha], axis=2)), array)
     np.testing.assert_array_equal(read_image(array[::-1, ::2]), array[::-1, ::2])
+    assert read_image(array[::-1, ::2]).flags.c_contiguous
 
 
 def test_read_image_spreads_grey_arrays() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightnet.transforms as T
@@ -172,6 +172,7 @@ def preprocesses(draw: st.DrawFn) -> Preprocess:
     )
 
 
+@settings(deadline=None)
 @given(preprocesses(), sizes, sizes)
 def test_preprocess_output_has_the_promised_shape(preprocess: Preprocess, height: int, width: int) -> None:
     image = noise(height, width)
@@ -182,6 +183,7 @@ def test_preprocess_output_has_the_promised_shape(preprocess: Preprocess, height
     assert x_CHW.flags.c_contiguous
 
 
+@settings(deadline=None)
 @given(preprocesses(), sizes, sizes)
 def test_preprocess_equals_the_page_transforms(preprocess: Preprocess, height: int, width: int) -> None:
     image = noise(height, width)
@@ -189,6 +191,7 @@ def test_preprocess_equals_the_page_transforms(preprocess: Preprocess, height: i
         np.testing.assert_array_equal(preprocess(image), page_transform(preprocess, image), strict=True)
 
 
+@settings(deadline=None)
 @given(preprocesses())
 def test_preprocess_survives_json(preprocess: Preprocess) -> None:
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
