@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with _warnings_as_messages():
-            code = app(sys.argv[1:] if argv is None else list(argv))
+            code = app(_tokens(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
             sys.stdout.flush()
     except CycloptsError as error:
@@ -96,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("weightnet: this is a bug of weightnet. Please report it with the lines above.")
         return BUG
     return code or 0
+
+
+def _tokens(argv: Sequence[str]) -> list[str]:
+    """Hide lone dashes, which mean standard input to `predict`, from cyclopts, which takes them for options."""
+    return [predict.STDIN if token == "-" and argv[0] == "predict" else token for token in argv]
 
 
 @contextmanager

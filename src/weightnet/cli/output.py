@@ -1,6 +1,7 @@
 """What the commands write: messages on standard error, results on standard output, in the form that was asked for."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -147,20 +148,28 @@ class _CsvRows:
     """path, status, error, then label1, index1, probability1, label2, ...; in UTF-8, paths byte for byte."""
 
     def __init__(self, results: Results, columns: int) -> None:
-        self._table = csv.writer(results, lineterminator="\n")
+        self._results = results
+        self._row = io.StringIO()
+        self._table = csv.writer(self._row, lineterminator="\r\n")  # both, so that it quotes cells with either
         self._columns = columns
         self._path = printable_path if results.is_terminal else str
         names = [f"{name}{rank}" for rank in range(1, columns + 1) for name in ("label", "index", "probability")]
-        self._table.writerow(["path", "status", "error", *names])
+        self._write(["path", "status", "error", *names])
 
     def write(self, prediction: "Prediction") -> None:
         cells: list[Any] = [self._path(prediction.path or ""), prediction.status, prediction.error]
         for score in prediction.top:
             cells += [score.label, score.index, score.probability]
-        self._table.writerow(cells + [None] * (3 + 3 * self._columns - len(cells)))
+        self._write(cells + [None] * (3 + 3 * self._columns - len(cells)))
 
     def close(self) -> None:
         """Write nothing: a table has no end."""
+
+    def _write(self, cells: list[Any]) -> None:
+        self._row.seek(0)
+        self._row.truncate()
+        self._table.writerow(cells)
+        self._results.write(self._row.getvalue().removesuffix("\r\n") + "\n")
 
 
 class _TextRows:

@@ -14,6 +14,7 @@ from weightnet.errors import UsageError
 if TYPE_CHECKING:
     from weightnet.zoo.cards import Card
 
+STDIN = "\0-"  # a lone dash on the command line; no path has a null character
 IMAGENET_MODEL = "shufflenet_v2_x1_0"
 
 
@@ -96,7 +97,7 @@ def _photos(paths: tuple[str, ...], report: Callable[[str], None]) -> "Iterator[
     from weightnet.predict.inputs import find_images
 
     for path in paths:
-        if path != "-":
+        if path not in ("-", STDIN):
             yield from find_images([path], report=report)
         elif sys.stdin is None:
             raise UsageError("Standard input must be open to read a photo from it. Got a closed one. Pipe a photo in.")
