@@ -290,7 +290,9 @@ def _check_copy(expected: Published, path: Path) -> None:
             write_atomically(record, json.dumps(fields, indent=2).encode())
 
 
-def _failed(url: str, path: Path, error: Exception) -> DownloadError:
+def _failed(url: str, path: Path, error: BaseException) -> DownloadError:
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner  # the first says why; what requests and urllib3 wrap around it repeats the address at length
     return DownloadError(
         f"The weights must be downloaded once. Got no file from {url}: {error}. "
         f"Check the network, or download the address elsewhere and save the file as {path}: it will be used from there."
