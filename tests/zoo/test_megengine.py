@@ -26,6 +26,7 @@ from weightnet.zoo.megengine import (
     to_torch_layout,
     write_megengine,
 )
+from weightnet.zoo.pickle_machine import read_pickle
 
 State = dict[str, npt.NDArray[np.generic]]
 DATA = Path(__file__).parents[1] / "data/megengine"
@@ -102,6 +103,14 @@ def test_read_megengine_opens_the_state_dict_of_a_training_checkpoint() -> None:
     inner = collections.OrderedDict(a=np.arange(6, dtype=np.float32).reshape(2, 3))
     checkpoint = {"step": 300_000, "lr": 0.5, "state_dict": inner, "best": [1, 2.5, None, True], 7: -(2**40)}
     assert_same(read_megengine(pickle.dumps(checkpoint)), inner)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_read_pickle_equals_unpickling_for_plain_values(protocol: int) -> None:
+    numbers = [0, 255, 256, 65_535, 65_536, -1, 2**31, -(2**63), 2**63 - 1, 0.1, -1e300, True, False, None]
+    value = {"numbers": numbers, "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)], "text": "\u0416" * 300, 5: {}}
+    got = read_pickle(pickle.dumps(value, protocol=protocol))
+    assert repr(got) == repr(value)
 
 
 def arrays_of_any_layout() -> st.SearchStrategy[npt.NDArray[np.generic]]:

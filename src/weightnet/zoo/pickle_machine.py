@@ -19,9 +19,7 @@ import numpy as np
 
 from weightnet.errors import WeightsError
 
-MAX_OPCODES = (
-    200_000  # a state dict takes about 20 per array; this also bounds what stands on the stack and in the memo
-)
+MAX_OPCODES = 200_000  # about 20 are needed per array; this also bounds the stack and the memo
 MAX_NAME_BYTES = 1_000
 HIGHEST_PROTOCOL = 5
 STOP = ord(".")
