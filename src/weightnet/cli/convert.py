@@ -52,5 +52,4 @@ def _pixels(card: "Card") -> str:
     if not isinstance(decision, dict):
         return f"{kind} (as the card of the source says)"
     margin = decision.get("margin")
-    told = "no margin: the statistics cannot tell" if margin is None else f"margin {margin}"
-    return f"{kind} (decided by {decision.get('decided_by')}; {told})"
+    return f"{kind}; margin {'unknown' if margin is None else f'{margin} nats'}; {decision.get('decided_by')}"
