@@ -116,6 +116,17 @@ def test_read_header_refuses_a_jpeg_of_very_many_segments(encode: Callable[..., 
         read_header(data[:2] + 10_000 * b"\xff\xfe\0\2" + data[2:])
 
 
+def test_read_header_refuses_a_giant_webp_animation() -> None:
+    def extended(flags: int, width: int, height: int) -> bytes:
+        sizes = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        return b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes([flags, 0, 0, 0]) + sizes
+
+    assert read_header(extended(0x00, 4001, 3000)) == ("WebP", 4001, 3000)
+    assert read_header(extended(0x02, 4000, 3000)) == ("WebP", 4000, 3000)
+    with pytest.raises(ImageError, match=r"animated WebP must have at most 12 million pixels\. Got 4001 x 3000\."):
+        read_header(extended(0x02, 4001, 3000))
+
+
 @pytest.mark.parametrize(("tag", "kind", "count"), [(256, 5, 1), (256, 3, 2), (322, 7, 4)])
 def test_read_header_refuses_malformed_tiff_tags(tag: int, kind: int, count: int) -> None:
     good = struct.pack("<HHIHH", 256, 3, 1, 9, 0) + struct.pack("<HHIHH", 257, 3, 1, 9, 0)

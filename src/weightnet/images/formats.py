@@ -18,12 +18,14 @@ from weightnet.errors import ImageError
 MAX_JPEG_SCANS = 100  # a progressive photo has about 10; each costs a pass over all pixels, however few bytes it takes
 MAX_JPEG_SEGMENTS = 10_000
 MAX_PNG_CHUNKS = 100_000
+MAX_WEBP_ANIMATION_PIXELS = 12_000_000  # its decoder holds several pictures: 26 bytes per pixel, others up to 12
 MAX_TIFF_TILE_PX = 4096  # edge; a whole tile is held in memory, however small the picture
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not stuffing, not a restart, not fill
 _JPEG_EOI, _JPEG_SOS = 0xD9, 0xDA
 _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"})
+_WEBP_ANIMATED = 0x02
 _TIFF_WIDTH, _TIFF_LENGTH, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 256, 257, 322, 323
 
 
@@ -134,7 +136,14 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _webp_size(data: bytes) -> tuple[int, int]:
     kind = data[12:16]
     if kind == b"VP8X":
-        return 1 + int.from_bytes(_exactly(data, 24, 3), "little"), 1 + int.from_bytes(_exactly(data, 27, 3), "little")
+        fields = _exactly(data, 20, 10)
+        width, height = 1 + int.from_bytes(fields[4:7], "little"), 1 + int.from_bytes(fields[7:10], "little")
+        if fields[0] & _WEBP_ANIMATED and width * height > MAX_WEBP_ANIMATION_PIXELS:
+            raise ImageError(
+                f"an animated WebP must have at most {MAX_WEBP_ANIMATION_PIXELS // 10**6} million pixels. "
+                f"Got {width} x {height}. Scale it down, or save one frame."
+            )
+        return width, height
     if kind == b"VP8L":
         bits = int.from_bytes(_exactly(data, 21, 4), "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
