@@ -1,17 +1,20 @@
 """The documentation is true: its code runs, its numbers are those of the program, its links lead somewhere.
 
 A line before a block says what is special about it: `<!-- not run: why -->`, `<!-- command: name -->` for the README's
-two commands, which `.ci/run` takes from there, or `<!-- output: command -->` for what a command prints.
+two commands, which `.ci/run` takes from there, or `<!-- from the program: what -->`,
+which `scripts/update_readme.py` writes.
 """
 
 import contextlib
 import dataclasses
 import re
+import runpy
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -20,7 +23,6 @@ from cyclopts import App
 
 from weightnet.cli import app, main
 from weightnet.images import decode
-from weightnet.nn.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -125,16 +127,14 @@ def test_page_code_runs(page: Path, workspace: Path) -> None:
             assert run_shell(line) == 0, f"{page.name}:{block.line + offset}: {line}"
 
 
-@pytest.mark.parametrize("block", marked("output"), ids=lambda block: block.place)
-def test_output_block_is_what_the_command_prints(
-    block: Block, workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_shell(block.mark.removeprefix("output: ")) == 0
-    number = re.compile(r"\d+\.\d+")
-    printed, written = capsys.readouterr().out.strip("\n"), block.text
-    assert number.sub("#", printed).split() == number.sub("#", written).split(), block.place
-    figures = [[float(text) for text in number.findall(text)] for text in (printed, written)]
-    assert figures[0] == pytest.approx(figures[1], abs=1.0), block.place  # percent; machines round differently
+@pytest.fixture(scope="module")
+def updater() -> dict[str, Any]:
+    """The script that writes the README's parts: `python scripts/update_readme.py` mends what these tests find."""
+    return runpy.run_path(str(ROOT / "scripts/update_readme.py"))
+
+
+def written_in_readme(updater: dict[str, Any], name: str) -> str:
+    return str(updater["part_pattern"](name).search(README.read_text(encoding="utf-8"))[2])
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
@@ -183,27 +183,22 @@ def test_page_links_lead_to_files(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def network_table(ending: dict[str, str]) -> str:
-    lines = [
-        "| model | name here | #Params, published | parameters, exact, ours | FLOPs, published "
-        "| multiply-adds, exact, ours | top-1 error, published |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size, suffix in ending.items():
-        for name in (f"shufflenet_v2_{size}.plain", f"shufflenet_v2_{size}{suffix}"):
-            variant = VARIANTS[name]
-            exact, printed = variant.totals, variant.printed
-            lines.append(
-                f"| {variant.title} | `{name}` | {printed.params} | {exact.params:,} | {printed.flops} "
-                f"| {exact.macs:,} | {printed.top1_error}% |"
-            )
-    return "\n".join(lines)
+def test_network_tables_are_those_of_the_zoo(updater: dict[str, Any]) -> None:
+    for name in ("first table", "second table"):
+        assert written_in_readme(updater, name) == updater["PARTS"][name]()
 
 
-def test_readme_tables_are_those_of_the_zoo() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert network_table({"x0_5": "", "x1_0": "", "x1_5": "", "x2_0": ""}) in text
-    assert network_table({"x0_5": ".wn8x", "x1_0": ".wn4x", "x1_5": ".wn4x", "x2_0": ".wn4x"}) in text
+def test_embedded_models_figures_are_those_of_its_card(updater: dict[str, Any]) -> None:
+    assert written_in_readme(updater, "default") == updater["PARTS"]["default"]()
+
+
+def test_first_command_prints_what_the_readme_says(updater: dict[str, Any]) -> None:
+    number = re.compile(r"\d+\.\d+")
+    name = "weightnet predict examples/cat.png"
+    texts = (written_in_readme(updater, name), updater["PARTS"][name]())
+    assert number.sub("", texts[0]).split() == number.sub("", texts[1]).split()
+    written, printed = ([float(text) for text in number.findall(text)] for text in texts)
+    assert printed == pytest.approx(written, abs=1.0)  # percent: processors round differently
 
 
 def test_weights_page_states_the_decoders_limits() -> None:

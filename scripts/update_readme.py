@@ -1,0 +1,116 @@
+"""Write into the README what the program says: the network tables, the embedded model's figures, what a command prints.
+
+    python scripts/update_readme.py
+
+Each stands between a line `<!-- from the program: NAME -->` and the next empty line; the tests compare.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weightnet.cli import main
+from weightnet.nn.variants import VARIANTS
+from weightnet.zoo.cards import card_path, embedded_models, read_card
+from weightnet.zoo.state import variant_name
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+FIGURES = {
+    "photos": "validation photos",
+    "top1": "top-1",
+    "top5": "top-5",
+    "class_averaged_top1": "top-1, each class counting alike",
+    "loss": "cross-entropy, nats",
+    "ece": "calibration error",
+}
+
+
+def network_table(endings: Mapping[str, str]) -> str:
+    """Return one of the page's tables, published beside exact; `endings` gives the second network of each size."""
+    lines = [
+        "| model | name here | #Params, published | parameters, exact, ours | FLOPs, published "
+        "| multiply-adds, exact, ours | top-1 error, published |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size, ending in endings.items():
+        for name in (f"shufflenet_v2_{size}.plain", f"shufflenet_v2_{size}{ending}"):
+            variant = VARIANTS[name]
+            exact, printed = variant.totals, variant.printed
+            lines.append(
+                f"| {variant.title} | `{name}` | {printed.params} | {exact.params:,} | {printed.flops} "
+                f"| {exact.macs:,} | {printed.top1_error}% |"
+            )
+    return "\n".join(lines)
+
+
+def default_table() -> str:
+    """Return what the embedded model's card says."""
+    weights = embedded_models()["default"]
+    card = read_card(card_path(weights))
+    preprocess = card.preprocess
+    resizing = "antialiased" if preprocess.interpolation == "area" else "bilinear"
+    rows = {
+        "network": f"`{variant_name(card.network)}`",
+        "classes": str(len(card.classes)),
+        "input": f"short edge {preprocess.resize} px, {resizing}; centre {preprocess.crop} x {preprocess.crop}",
+        "file": f"{weights.stat().st_size / 1e6:.1f} MB",
+        **figure_rows(card.measured),
+        "terms": card.terms,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def figure_rows(measured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the figures to show, as text: those of the whole, then those of each part of the photos.
+
+    >>> figure_rows({"photos": 6051, "top1": 0.7, "sources": {"pets": {"photos": 900, "top1": 0.81}}})
+    {'validation photos': '6,051', 'top-1': '70.0%', 'top-1, pets': '81.0% of 900'}
+    """
+    rows = {text: _figure(name, measured[name]) for name, text in FIGURES.items() if name in measured}
+    for parts in measured.values():
+        if isinstance(parts, Mapping):
+            for part, figures in parts.items():
+                rows[f"top-1, {part}"] = f"{_figure('top1', figures['top1'])} of {figures['photos']:,}"
+    return rows
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "photos":
+        return f"{value:,}"
+    return f"{value:.2f}" if name in ("loss", "ece") else f"{value:.1%}"
+
+
+def default_output() -> str:
+    """Return what the README's first command prints, from the repository's root."""
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()) as written:
+        code = main(["predict", "examples/cat.png"])
+    assert code == 0, f"weightnet predict gave exit code {code}"
+    return f"```text\n{written.getvalue().rstrip()}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "first table": lambda: network_table({"x0_5": "", "x1_0": "", "x1_5": "", "x2_0": ""}),
+    "second table": lambda: network_table({"x0_5": ".wn8x", "x1_0": ".wn4x", "x1_5": ".wn4x", "x2_0": ".wn4x"}),
+    "default": default_table,
+    "weightnet predict examples/cat.png": default_output,
+}
+
+
+def part_pattern(name: str) -> re.Pattern[str]:
+    """Return the pattern whose second group is a part's text."""
+    return re.compile(rf"(<!-- from the program: {re.escape(name)} -->\n)(.*?)(?=\n\n)", re.DOTALL)
+
+
+if __name__ == "__main__":
+    page = README.read_text(encoding="utf-8")
+    for name, make in PARTS.items():
+        text = make()
+        page, found = part_pattern(name).subn(lambda match, text=text: match[1] + text, page)  # type: ignore[misc]
+        assert found == 1, f"README.md must have one part {name!r}"
+    README.write_text(page, encoding="utf-8")
+    print(f"wrote {README}")
