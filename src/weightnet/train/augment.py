@@ -58,8 +58,8 @@ def colour_jitter(photo_HW3: Pixels, rng: np.random.Generator, strength: float) 
         if step == 0:
             photo_HW3 = _through_table(photo_HW3, factor, np.float32(0))
         elif step == 1:
-            grey = np.float32(cv2.transform(photo_HW3, BGR_TO_GREY[None]).mean())
-            photo_HW3 = _through_table(photo_HW3, factor, grey)
+            mean_grey = np.float32(cv2.mean(photo_HW3)[:3] @ BGR_TO_GREY)
+            photo_HW3 = _through_table(photo_HW3, factor, mean_grey)
         else:
             grey_HW1 = cv2.transform(photo_HW3.astype(np.float32), BGR_TO_GREY[None])[..., None]
             mixed = photo_HW3 * factor + grey_HW1 * (1 - factor)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
-from weightnet.errors import UsageError, nearest
+from weightnet.errors import UnknownModelError, UsageError, nearest
 from weightnet.images.transforms import Preprocess
+from weightnet.nn.variants import VARIANTS
+
+MIN_SIZE_PX = 32  # the smallest input that the networks take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +27,13 @@ class TrainConfig:
         model: a name of the zoo, which fixes the network.
         pretrained: weights to start from: a model name, run folder or file; its classifier is new where classes differ.
         epochs: passes over the training photos.
-        batch_size: photos per step.
+        batch_size: photos per step, at least 2; of what does not fill a last batch, each epoch leaves out other photos.
         learning_rate: of the first step, for 128 photos; multiplied by batch_size / 128, then linear to 0.
         momentum: of stochastic gradient descent.
         weight_decay: on weights of more than one axis; biases and batch norms are free of it.
         label_smoothing: share of the target spread over all classes.
-        ema_decay: decay per step of the averaged weights that are evaluated and kept; 0 keeps the last weights.
+        ema_decay: decay per step of the averaged weights that are evaluated and kept; it begins lower, so that the
+            first weights are soon forgotten. 0 keeps the last weights.
         balance: 0 draws every photo once per epoch; 1 draws classes equally often; between them, by class size to the
             power of 1 - balance.
         train_size: height and width of training crops, in pixels.
@@ -37,14 +42,14 @@ class TrainConfig:
         resize: short edge of validation photos, in pixels.
         crop: height and width of validation crops, in pixels.
         interpolation: "linear" is the page's resizing, "area" is antialiased.
-        cache: short edge, in pixels, at which decoded training photos are kept in the run folder during the run; 0
-            decodes every photo in every epoch.
-        workers: processes that load photos; any number gives the same run.
+        cache: short edge, in pixels, to which training photos are shrunk and kept decoded in the run folder during the
+            run, so that they are decoded once: about cache x cache x 4 bytes of disk a photo. 0 keeps none.
+        workers: processes that load photos; any number gives the same run. 0 loads them between the steps.
         seed: of weights, order and augmentation.
         precision: "32-true", or mixed precision "bf16-mixed" or "16-mixed".
         device: "auto", "cpu" or "cuda".
         evaluate_every: epochs between evaluations.
-        checkpoint_minutes: minutes between checkpoints within an epoch; every epoch ends with one.
+        checkpoint_minutes: minutes between checkpoints; every evaluation ends with one too.
         terms: the licence of the weights and the terms of the data, for the card.
 
     Raises: UsageError for a value that breaks a rule, which the message states.
@@ -86,15 +91,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
-        for name in ("epochs", "batch_size", "evaluate_every"):
+        if self.model not in VARIANTS:
+            raise UnknownModelError(
+                f"model must be the name of a network of the zoo. Got model={self.model!r}. "
+                f"{nearest(self.model, VARIANTS) or 'See `weightnet models`.'}"
+            )
+        for name in ("epochs", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.train_size >= 32, "train_size", "at least 32 px", self.train_size)
+        _require(self.batch_size >= 2, "batch_size", "at least 2, for batch statistics", self.batch_size)
+        for name in ("train_size", "crop"):
+            _require(getattr(self, name) >= MIN_SIZE_PX, name, f"at least {MIN_SIZE_PX} px", getattr(self, name))
         for name in ("momentum", "label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("balance", "jitter"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
-        for name in ("workers", "seed", "cache", "weight_decay", "checkpoint_minutes"):
+        for name in ("workers", "seed", "weight_decay", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.cache == 0 or self.cache >= self.train_size, "cache", "0, or at least train_size", self.cache)
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
         _require(0 < self.min_scale <= 1, "min_scale", "above 0 and at most 1", self.min_scale)
         self.preprocess  # noqa: B018  # checks resize, crop and interpolation by its own rules
@@ -131,14 +144,25 @@ class TrainConfig:
         return cls(**options)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as PyYAML does, and 1e-3 as a number, as YAML 1.2 and JSON have it; to PyYAML it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def read_options(path: str | Path) -> dict[str, Any]:
     """Read training options from a YAML file.
 
     Raises: UsageError where the file cannot be read or is not a mapping of option names to values.
     """
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise UsageError(f"The configuration file {path} must be readable YAML. Got: {error}") from error
     if options is None:
         return {}
@@ -163,4 +187,9 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
         numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         _require(numeric, name, "a finite number", value)
     else:
-        _require(isinstance(value, annotation), name, "text", value)
+        _require(isinstance(value, annotation) and _is_unicode(value), name, "text", value)
+
+
+def _is_unicode(value: str | None) -> bool:
+    """Whether a text can be written as UTF-8; a path of other bytes cannot."""
+    return value is None or value == value.encode("utf-8", "ignore").decode("utf-8")

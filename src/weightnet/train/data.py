@@ -1,178 +1,125 @@
-"""Photos in folders, as batches: order and augmentation are functions of (seed, epoch, position), whatever the workers.
-
-A data folder holds `train/` and `val/`, each with one folder of photos per class. Class names are the folder names,
-or the rows of an optional `classes.csv` beside them (columns folder, label, wnid, imagenet_index).
-"""
+"""Photos as batches: order and augmentation are functions of (seed, epoch, position), whatever the workers."""
 
 import contextlib
-import csv
-import dataclasses
+import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from weightnet.errors import DataError, ImageError, TrainingError
-from weightnet.images.decode import IMAGE_SUFFIXES, read_image
-from weightnet.images.labels import ClassLabel, imagenet_classes
+from weightnet.errors import ImageError, TrainingError
+from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
 from weightnet.train.augment import augment, shrink_short_edge
 from weightnet.train.config import TrainConfig
+from weightnet.train.folders import PhotoFolder
+
+CACHE_BLOCK_PHOTOS = 256  # decoded at once while the cache is made: bounds its memory
 
 Pixels = npt.NDArray[np.uint8]
 Place = tuple[int, int, int]  # epoch, position in the epoch, index of the photo
 
 
-@dataclasses.dataclass(frozen=True)
-class PhotoFolder:
-    """The photos of one split.
+class Crop(NamedTuple):
+    """A photo as the network sees it, uint8 (size, size, 3) BGR, and its class."""
 
-    Args:
-        paths: files, sorted by class, then by name.
-        labels: class index of each.
-        classes: one entry per class index.
-    """
-
-    paths: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
-    classes: tuple[ClassLabel, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    pixels: Pixels
+    label: int
 
 
-def read_folders(root: str | Path) -> tuple[PhotoFolder, PhotoFolder]:
-    """Return the training and validation photos of a data folder.
+class Unreadable(NamedTuple):
+    """A photo that cannot be read: "split/class folder/name", and why."""
 
-    Raises: DataError where a split or class is missing or empty, or the two splits have different classes.
-    """
-    root = Path(root)
-    names = {}
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise DataError(f"A data folder must hold train/ and val/. Got data={root} without {split}/. Add it.")
-        names[split] = sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir())
-    if not names["train"]:
-        raise DataError(f"{root / 'train'} must hold one folder of photos per class. Got no folder. Add them.")
-    if names["train"] != names["val"]:
-        odd = sorted(set(names["train"]) ^ set(names["val"]))
-        raise DataError(
-            f"train/ and val/ must hold the same classes. Got {odd} in one of them only. Add or remove them."
-        )
-    folders, classes = _class_labels(root, names["train"])
-    train, val = (_read_split(root / split, folders, classes) for split in ("train", "val"))
-    return train, val
+    name: str
+    reason: str
 
 
-def _class_labels(root: Path, names: list[str]) -> tuple[list[str], tuple[ClassLabel, ...]]:
-    """Return folders and labels in class order: that of classes.csv, or else sorted by folder."""
-    table = root / "classes.csv"
-    if not table.exists():
-        known = {label.wnid: label for label in imagenet_classes()}
-        return names, tuple(known.get(name) or ClassLabel(name) for name in names)
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    folders = [row.get("folder") for row in rows]
-    if sorted(map(str, folders)) != names or not all(row.get("label") for row in rows):
-        raise DataError(
-            f"{table} must have the columns folder and label and one row for each folder in train/. "
-            f"Got {len(rows)} rows for {len(names)} folders. Mend the file or remove it."
-        )
-    classes = []
-    for row in rows:
-        index = row.get("imagenet_index")
-        classes.append(ClassLabel(row["label"], row.get("wnid") or None, int(index) if index else None))
-    return [str(folder) for folder in folders], tuple(classes)
+class Batch(NamedTuple):
+    """Photos uint8 (B, size, size, 3) BGR, their classes (B,), and the photos that are left out."""
 
-
-def _read_split(split: Path, folders: list[str], classes: tuple[ClassLabel, ...]) -> PhotoFolder:
-    paths: list[str] = []
-    labels: list[int] = []
-    for index, folder in enumerate(folders):
-        found = sorted(entry.path for entry in os.scandir(split / folder) if _is_photo(entry.name))
-        if not found:
-            raise DataError(
-                f"Every class folder must hold photos. Got none in {split / folder}. Add some or remove it."
-            )
-        paths += found
-        labels += [index] * len(found)
-    return PhotoFolder(tuple(paths), np.array(labels), classes)
-
-
-def _is_photo(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    photos: Tensor
+    labels: Tensor
+    unreadable: list[Unreadable]
 
 
 class PhotoCache:
-    """Decoded photos in one file, shrunk to a short edge: read back without copying. Unreadable ones are None.
+    """Decoded photos in one file, shrunk to a short edge: read back without copying.
 
     Args:
-        paths: files to decode.
-        file: where they are kept.
+        folder: the photos.
+        file: where they are kept; it must stay while photos are read.
         short_edge_px: photos with a longer short edge are shrunk to it, antialiased.
+        check_stop: called between blocks of photos; what it raises ends the making.
+
+    Raises: OSError where the file cannot be written.
     """
 
-    def __init__(self, paths: tuple[str, ...], file: Path, short_edge_px: int) -> None:
-        self.places: list[tuple[int, int, int] | None] = []  # offset, height, width
+    def __init__(
+        self, folder: PhotoFolder, file: Path, short_edge_px: int, check_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self.file = file
+        self.places = np.zeros((len(folder), 3), np.int64)  # offset, height, width
+        self.reasons: dict[int, str] = {}  # of photos that cannot be read
         offset = 0
         with file.open("wb") as cache, ThreadPool(os.cpu_count()) as pool:
-            jobs = ((path, short_edge_px) for path in paths)
-            for photo in pool.imap(_decode_small, jobs, chunksize=32):
-                if photo is None:
-                    self.places.append(None)
-                    continue
-                cache.write(photo.tobytes())
-                self.places.append((offset, *photo.shape[:2]))
-                offset += photo.nbytes
-        self.bytes = np.memmap(file, np.uint8, "r")
+            for start in range(0, len(folder), CACHE_BLOCK_PHOTOS):
+                check_stop()
+                block = range(start, min(start + CACHE_BLOCK_PHOTOS, len(folder)))
+                jobs = ((folder.path(index), short_edge_px) for index in block)
+                for index, photo in zip(block, pool.map(_decode_small, jobs), strict=True):
+                    if isinstance(photo, str):
+                        self.reasons[index] = photo
+                        continue
+                    cache.write(photo.tobytes())
+                    self.places[index] = offset, *photo.shape[:2]
+                    offset += photo.nbytes
 
-    def __getitem__(self, index: int) -> Pixels | None:
-        place = self.places[index]
-        if place is None:
-            return None
-        offset, height, width = place
-        return self.bytes[offset : offset + height * width * 3].reshape(height, width, 3)
+    @functools.cached_property
+    def _bytes(self) -> Pixels:
+        return np.memmap(self.file, np.uint8, "r")  # by each worker, when it reads its first photo
+
+    def __getitem__(self, index: int) -> Pixels:
+        if index in self.reasons:
+            raise ImageError(self.reasons[index])
+        offset, height, width = (int(number) for number in self.places[index])
+        return self._bytes[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
-def _decode_small(job: tuple[str, int]) -> Pixels | None:
+def _decode_small(job: tuple[str, int]) -> Pixels | str:
     path, short_edge_px = job
-    photo = read_or_none(path)
-    return None if photo is None else shrink_short_edge(photo, short_edge_px)
-
-
-def read_or_none(path: str) -> Pixels | None:
-    """Return a photo's pixels, or None where it cannot be read."""
     try:
-        return read_image(path)
-    except ImageError:
-        return None
+        return shrink_short_edge(read_image(path), short_edge_px)
+    except ImageError as error:
+        return str(error)
 
 
-class TrainingPhotos(Dataset[tuple[Pixels, int] | None]):
-    """Augmented crops, uint8 (size, size, 3) BGR, with their labels; None for a photo that cannot be read."""
+class TrainingPhotos(Dataset[Crop | Unreadable]):
+    """Augmented crops."""
 
     def __init__(self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None) -> None:
         self.folder, self.config, self.cache = folder, config, cache
 
-    def __getitem__(self, place: Place) -> tuple[Pixels, int] | None:
+    def __getitem__(self, place: Place) -> Crop | Unreadable:
         epoch, position, index = place
-        photo = read_or_none(self.folder.paths[index]) if self.cache is None else self.cache[index]
-        if photo is None:
-            return None
+        try:
+            photo = read_image(self.folder.path(index)) if self.cache is None else self.cache[index]
+        except ImageError as error:
+            return Unreadable(self.folder.name(index), str(error))
         rng = np.random.default_rng((self.config.seed, epoch, position))
-        return augment(photo, rng, self.config), int(self.folder.labels[index])
+        return Crop(augment(photo, rng, self.config), int(self.folder.labels[index]))
 
 
-class ValidationPhotos(Dataset[tuple[Pixels, int] | None]):
-    """Centre crops, uint8 (crop, crop, 3) BGR, with their labels; None for a photo that cannot be read."""
+class ValidationPhotos(Dataset[Crop | Unreadable]):
+    """Centre crops."""
 
     def __init__(self, folder: PhotoFolder, preprocess: Preprocess) -> None:
         self.folder, self.preprocess = folder, preprocess
@@ -180,13 +127,21 @@ class ValidationPhotos(Dataset[tuple[Pixels, int] | None]):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, int] | None:
-        photo = read_or_none(self.folder.paths[index])
-        return None if photo is None else (self.preprocess.crop_uint8(photo), int(self.folder.labels[index]))
+    def __getitem__(self, index: int) -> Crop | Unreadable:
+        try:
+            crop = self.preprocess.crop_uint8(read_image(self.folder.path(index)))
+        except ImageError as error:
+            return Unreadable(self.folder.name(index), str(error))
+        return Crop(crop, int(self.folder.labels[index]))
 
 
 def epoch_order(labels: npt.NDArray[np.int64], *, seed: int, epoch: int, balance: float) -> npt.NDArray[np.int64]:
     """Return the indices of an epoch's photos, in order: a permutation, or with `balance` a draw with replacement.
+
+    Args:
+        labels: class index of each photo.
+        seed, epoch: the order is a function of both.
+        balance: from 0, every photo once, to 1, every class equally often.
 
     Example:
         >>> epoch_order(np.array([0, 0, 1]), seed=0, epoch=0, balance=0).tolist()
@@ -201,7 +156,7 @@ def epoch_order(labels: npt.NDArray[np.int64], *, seed: int, epoch: int, balance
 
 
 class EpochBatches:
-    """The places of one epoch, batch by batch, from a given step on."""
+    """The places of one epoch, batch by batch, from a given step on; set `epoch` and `first_step` before each pass."""
 
     def __init__(self, labels: npt.NDArray[np.int64], config: TrainConfig) -> None:
         self.labels, self.config = labels, config
@@ -219,56 +174,67 @@ class EpochBatches:
             yield [(self.epoch, position, int(order[position])) for position in positions]
 
 
-def collate(samples: list[tuple[Pixels, int] | None]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return photos uint8 (B, size, size, 3), labels (B,) and the number of photos that could not be read."""
-    good = [sample for sample in samples if sample is not None]
-    photos = np.stack([photo for photo, _ in good]) if good else np.empty((0, 1, 1, 3), np.uint8)
-    labels = np.array([label for _, label in good], np.int64)
-    return torch.from_numpy(photos), torch.from_numpy(labels), len(samples) - len(good)
+def collate(samples: list[Crop | Unreadable]) -> Batch:
+    """Return samples as a batch of those that could be read."""
+    crops = [sample for sample in samples if isinstance(sample, Crop)]
+    photos = np.stack([crop.pixels for crop in crops]) if crops else np.empty((0, 1, 1, 3), np.uint8)
+    labels = np.array([crop.label for crop in crops], np.int64)
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    return Batch(torch.from_numpy(photos), torch.from_numpy(labels), unreadable)
 
 
 def training_loader(
     folder: PhotoFolder, batches: EpochBatches, config: TrainConfig, cache: PhotoCache | None
 ) -> DataLoader[Any]:
     """Return the loader of augmented batches; each pass over it is the epoch that `batches` stands at."""
-    # A generator of its own keeps the loader off the one that dropout draws from, so that a resumed run draws the same.
-    return DataLoader(
-        TrainingPhotos(folder, config, cache),
-        batch_sampler=batches,
-        num_workers=config.workers,
-        collate_fn=collate,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
-    )
+    return _loader(TrainingPhotos(folder, config, cache), config.workers, batch_sampler=batches)
 
 
-def validation_loader(folder: PhotoFolder, config: TrainConfig) -> DataLoader[Any]:
+def validation_loader(folder: PhotoFolder, preprocess: Preprocess, *, batch_size: int, workers: int) -> DataLoader[Any]:
     """Return the loader of centre crops, in order."""
-    return DataLoader(
-        ValidationPhotos(folder, config.preprocess),
-        batch_size=64,
-        num_workers=config.workers,
+    in_order = BatchSampler(range(len(folder)), batch_size, drop_last=False)
+    return _loader(ValidationPhotos(folder, preprocess), workers, batch_sampler=in_order)
+
+
+class _Loader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """Warn of nothing: more workers than processors are slower at worst, and a warning could not be acted on."""
+
+
+def _loader(photos: Dataset[Any], workers: int, *, batch_sampler: Iterable[list[Any]]) -> DataLoader[Any]:
+    return _Loader(
+        photos,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # a loader draws a number, which nothing uses here: not from the caller's
     )
 
 
 @contextlib.contextmanager
-def cached(folder: PhotoFolder, config: TrainConfig, run: Path) -> Iterator[PhotoCache | None]:
-    """Within the block, the decoded photos lie in the run folder if the configuration asks for it."""
+def cached(
+    folder: PhotoFolder, config: TrainConfig, run: Path, check_stop: Callable[[], None]
+) -> Iterator[PhotoCache | None]:
+    """Within the block, the decoded photos lie in the run folder if the configuration asks for it.
+
+    Raises: TrainingError where they have no room there.
+    """
     if not config.cache:
         yield None
         return
     file = run / "photos.cache"
     try:
         try:
-            cache = PhotoCache(folder.paths, file, config.cache)
+            cache = PhotoCache(folder, file, config.cache, check_stop)
         except OSError as error:
-            raise TrainingError(f"The run folder must have room for decoded photos. Got {file}: {error}.") from error
+            raise TrainingError(
+                f"The run folder must have room for decoded photos. Got {file}: {error}. Make room, or lower cache."
+            ) from error
         yield cache
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above, if there is one, says more
+            file.unlink()
 
 
 def _start_worker(worker: int) -> None:

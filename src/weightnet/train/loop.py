@@ -6,21 +6,29 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from weightnet.errors import DataError, TrainingError
-from weightnet.predict import metrics
+from weightnet.errors import DataError, MissingDependencyError, TrainingError, UsageError
 from weightnet.train import data
 from weightnet.train.config import TrainConfig
-from weightnet.train.run import RunFolder, RunState, start_state
+from weightnet.train.evaluation import evaluate, network_input
+from weightnet.train.folders import PhotoFolder, read_folders
+from weightnet.train.run import RunFolder, RunState, diverged
 from weightnet.zoo.cards import Card
 from weightnet.zoo.weights import load
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+MAX_SKIPPED_STEPS = 20  # in a row, before the photos count as gone
+
+Report = Callable[["Progress"], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +39,9 @@ class Progress:
         step: steps done, of `total_steps`.
         total_steps: steps of the whole run.
         epoch: epochs begun.
-        loss: of the last step's photos, in nats.
-        photos_per_s: of the last step, loading included.
-        unreadable: photos skipped so far because they could not be read.
+        loss: of the last step's photos, or after an evaluation the mean since the last one; in nats.
+        photos_per_s: of the last step, loading included; 0 after an evaluation.
+        unreadable: different photos so far that could not be read.
         measured: of the validation photos, after an evaluation; None after a step.
     """
 
@@ -44,6 +52,98 @@ class Progress:
     photos_per_s: float
     unreadable: int
     measured: dict[str, float] | None = None
+
+
+class _StoppedError(Exception):
+    """A signal asked the run to end."""
+
+
+def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda progress: None) -> Card:
+    """Train a network and leave weights, card, checkpoint, configuration and log in the run folder.
+
+    Ctrl-C and SIGTERM save the run and end it with a TrainingError. Photos that cannot be read are left out, counted,
+    and listed in the run folder's `unreadable.csv`.
+
+    Args:
+        config: the options of the run.
+        resume: go on from the run folder's checkpoint, where it has one; on a CPU the result is the uninterrupted
+            run's, bit for bit. A finished run is left as it is.
+        report: called after each step and each evaluation.
+
+    Returns: the card of the trained model, with what was measured on the validation photos.
+
+    Raises:
+        DataError: the data folder cannot be trained on.
+        TrainingError: the run cannot start or go on; its last checkpoint is intact.
+        UsageError: options or photos are not those of the run that is resumed, or this machine has no such device.
+        MissingDependencyError: lightning-fabric is not installed.
+
+    Example:
+        >>> fit(TrainConfig(data="photos", out="run", epochs=30)).measured["top1"]  # doctest: +SKIP
+        0.71
+
+    Source: megvii-model/WeightNet, `train.py`.
+    """
+    train_photos, val_photos = read_folders(config.data)
+    with (
+        RunFolder.open(config, train_photos, resume=resume) as run,
+        _stop_requests() as check_stop,
+        _own_random_numbers(fabric := start_fabric(config)),
+    ):
+        state, model = _start(fabric, config, len(train_photos.classes), begun=run.begun)
+        if run.begun:
+            run.restore(state)
+        else:
+            run.save(state)  # a folder that cannot be written shows before the first step
+        try:
+            _train(fabric, model, state, run, val_photos, report, check_stop)
+        except _StoppedError as request:
+            run.save(state)
+            raise TrainingError(f"The run was stopped at step {state.step} and saved. Resume it to go on.") from request
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
+                "resume, with fewer workers or more memory."
+            ) from error
+    return run.card(state)
+
+
+def start_fabric(config: TrainConfig) -> "Fabric":
+    """Return Lightning Fabric on the device and in the precision of the configuration.
+
+    Raises: UsageError where this machine lacks them; MissingDependencyError where Fabric is not installed.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Training needs lightning-fabric. Got: {error}. Install it by: pip install 'weightnet[train]'"
+        ) from error
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise UsageError("device must be one that PyTorch finds here. Got device='cuda'. Use auto or cpu.")
+    if config.precision == "16-mixed" and (config.device == "cpu" or not has_gpu):
+        raise UsageError("precision must be 32-true or bf16-mixed without a GPU. Got precision='16-mixed'. Use these.")
+    return Fabric(accelerator=config.device, devices=1, precision=config.precision)
+
+
+def _start(fabric: "Fabric", config: TrainConfig, num_classes: int, *, begun: bool) -> tuple[RunState, nn.Module]:
+    """Return the state of a run that begins, and the network as Fabric runs it in training."""
+    _draw_from(fabric, config.seed, 0)
+    pretrained = False if begun or config.pretrained is None else config.pretrained
+    network = load(config.model, pretrained=pretrained, num_classes=num_classes)
+    preprocess = config.preprocess
+    if network.card is not None:  # weights keep the pixels that they were trained on
+        own = network.card.preprocess
+        preprocess = dataclasses.replace(preprocess, channel_order=own.channel_order, mean=own.mean, std=own.std)
+    network = cast(Any, network).to(memory_format=torch.channels_last)
+    average = averaged_model(network, config.ema_decay).to(fabric.device) if config.ema_decay else None
+    groups = parameter_groups(network, config.weight_decay)
+    sgd = torch.optim.SGD(groups, lr=config.peak_learning_rate, momentum=config.momentum)
+    model, optimizer = fabric.setup(network, sgd)
+    return RunState(network, average, optimizer, fabric.strategy.precision, preprocess), model
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -60,145 +160,138 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def fit(
-    config: TrainConfig, *, resume: bool = False, report: Callable[[Progress], None] = lambda progress: None
-) -> Card:
-    """Train a network and leave weights, card, checkpoint, configuration and log in the run folder.
+def averaged_model(network: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a network, batch statistics included.
 
-    Ctrl-C and SIGTERM save the run and end it with a TrainingError.
+    The decay of update n is at most (1 + n) / (10 + n), so that the average of a short run is not that of its start.
 
-    Args:
-        config: the options of the run.
-        resume: go on from the run folder's checkpoint; on a CPU the result is the uninterrupted run's, bit for bit.
-        report: called after each step and each evaluation.
-
-    Returns: the card of the trained model, with what was measured on the validation photos.
-
-    Raises: DataError for a data folder that cannot be trained on, TrainingError where the run cannot start or go on,
-        UsageError for options that do not fit the run that is resumed.
-
-    Example:
-        >>> fit(TrainConfig(data="photos", out="run", epochs=30)).measured["top1"]  # doctest: +SKIP
-        0.71
-
-    Source: megvii-model/WeightNet, `train.py`.
+    Source: the ramp of TensorFlow's `ExponentialMovingAverage`.
     """
-    train_photos, val_photos = data.read_folders(config.data)
-    run = RunFolder.open(config, train_photos, resume=resume)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(config.seed)
-        fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
-        network = load(config.model, pretrained=config.pretrained or False, num_classes=len(train_photos.classes))
-        network = cast(Any, network).to(memory_format=torch.channels_last)
-        groups = parameter_groups(network, config.weight_decay)
-        sgd = torch.optim.SGD(groups, lr=config.peak_learning_rate, momentum=config.momentum)
-        state = start_state(network, sgd, config)
-        model, optimizer = fabric.setup(network, sgd)
-        state.average.to(fabric.device)
-        if resume:
-            run.read_checkpoint(state)
-        batches = data.EpochBatches(train_photos.labels, config)
-        loader = data.training_loader(
-            train_photos, batches, config, stack.enter_context(data.cached(train_photos, config, run.path))
-        )
-        stopped = stack.enter_context(_stop_signals())
-        total_steps = config.epochs * batches.steps
-        while state.step < total_steps:
-            epoch, batches.first_step = divmod(state.step, batches.steps)
-            batches.epoch = epoch
-            for step in _train_steps(fabric, model, optimizer, loader, state, config, total_steps):
-                report(Progress(state.step, total_steps, epoch + 1, *step, state.unreadable))
-                if stopped():
-                    run.write_checkpoint(state)
-                    raise TrainingError(f"The run was stopped at step {state.step} and saved. Resume it to go on.")
-                if run.seconds_since_checkpoint() > 60 * config.checkpoint_minutes:
-                    run.write_checkpoint(state)
-            if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
-                measured = evaluate(state.evaluated, val_photos, config, fabric.device)
-                state.history.append({"epoch": epoch + 1, "step": state.step, "train_loss": step[0], **measured})
-                report(Progress(state.step, total_steps, epoch + 1, *step, state.unreadable, measured))
-            run.write_checkpoint(state)
-    return run.card(state)
+
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        n = float(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, updates)  # type: ignore[no-untyped-call]
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
 
-def _train_steps(
-    fabric: Fabric,
+def _train(
+    fabric: "Fabric",
     model: nn.Module,
-    optimizer: Any,
-    loader: Any,
     state: RunState,
-    config: TrainConfig,
-    total_steps: int,
+    run: RunFolder,
+    val_photos: PhotoFolder,
+    report: Report,
+    check_stop: Callable[[], None],
+) -> None:
+    """Bring a run from where it is to its end."""
+    config = run.config
+    batches = data.EpochBatches(run.photos.labels, config)
+    total_steps = config.epochs * batches.steps
+
+    def evaluate_if_due() -> None:
+        epoch, rest = divmod(state.step, batches.steps)
+        wanted = epoch % config.evaluate_every == 0 or epoch == config.epochs
+        measured_at = state.history[-1]["step"] if state.history else 0
+        if rest or not wanted or measured_at == state.step:
+            return
+        row = _evaluation_row(state, epoch, val_photos, config, check_stop)
+        report(Progress(state.step, total_steps, epoch, row["train_loss"], 0.0, len(state.unreadable), row))
+        run.save(state)
+
+    evaluate_if_due()  # the run may have been stopped between an epoch's last step and its evaluation
+    if state.step == total_steps:
+        return
+    with data.cached(run.photos, config, run.path, check_stop) as cache:
+        loader = data.training_loader(run.photos, batches, config, cache)
+        while state.step < total_steps:
+            batches.epoch, batches.first_step = divmod(state.step, batches.steps)
+            for loss, photos_per_s in _epoch_steps(fabric, model, loader, state, config, total_steps):
+                unreadable = len(state.unreadable)
+                report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
+                check_stop()
+                if run.seconds_since_save > 60 * config.checkpoint_minutes:
+                    run.save(state)
+            evaluate_if_due()
+
+
+def _epoch_steps(
+    fabric: "Fabric", model: nn.Module, loader: Any, state: RunState, config: TrainConfig, total_steps: int
 ) -> Iterator[tuple[float, float]]:
     """Do the rest of an epoch, a step at a time; yield each step's loss and photos per second."""
-    seen_at = time.monotonic()
-    for images, labels, unreadable in loader:
+    optimizer = state.optimizer
+    max_skipped = min(MAX_SKIPPED_STEPS, total_steps // config.epochs)
+    begun_at = time.monotonic()
+    for photos, labels, unreadable in loader:
+        state.note_unreadable(unreadable)
+        if len(photos) < 2:  # too few for batch statistics
+            state.step, state.skipped = state.step + 1, state.skipped + 1
+            if state.skipped >= max_skipped:
+                raise DataError(
+                    f"train/ must hold photos that can be read. Got {state.skipped} steps in a row without two. "
+                    f"The last one: {unreadable[-1].name}: {unreadable[-1].reason}"
+                )
+            continue
         for group in optimizer.param_groups:
             group["lr"] = config.peak_learning_rate * (1 - state.step / total_steps)
+        _draw_from(fabric, config.seed, 1, state.step)  # dropout
         model.train()
-        logits = model(network_input(images.to(fabric.device), config))
+        logits = model(network_input(photos.to(fabric.device), state.preprocess))
         loss = F.cross_entropy(logits, labels.to(fabric.device), label_smoothing=config.label_smoothing)
         if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"The loss must be finite. Got {loss.item()} at step {state.step}. The last checkpoint is intact: "
-                "start again with a lower learning_rate."
-            )
+            raise diverged(f"loss={loss.item()} at step {state.step}")
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
-        if config.ema_decay:
+        if state.average is not None:
             state.average.update_parameters(state.network)
-        state.step += 1
-        state.unreadable += unreadable
+        state.step, state.skipped = state.step + 1, 0
+        state.loss_sum += loss.item() * len(photos)
+        state.loss_photos += len(photos)
         now = time.monotonic()
-        yield loss.item(), len(labels) / (now - seen_at)
-        seen_at = time.monotonic()
+        yield loss.item(), len(photos) / (now - begun_at)
+        begun_at = time.monotonic()
 
 
-def network_input(photos_BHW3: Tensor, config: TrainConfig) -> Tensor:
-    """Return uint8 photos as the network takes them: float, normalised, channels first (in channels-last memory)."""
-    preprocess = config.preprocess
-    x = photos_BHW3.permute(0, 3, 1, 2).float()
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
-    return (x - mean) / std
-
-
-@torch.inference_mode()
-def evaluate(
-    network: nn.Module, folder: data.PhotoFolder, config: TrainConfig, device: torch.device
+def _evaluation_row(
+    state: RunState, epoch: int, photos: PhotoFolder, config: TrainConfig, check_stop: Callable[[], None]
 ) -> dict[str, float]:
-    """Measure a network on the photos of a folder, prepared as the model's card says.
+    """Measure the model as it is, and return the new last row of the run's history."""
+    figures, unreadable = evaluate(
+        state.evaluated,
+        photos,
+        state.preprocess,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        check_stop=check_stop,
+    )
+    row = {"epoch": epoch, "step": state.step, "train_loss": state.loss_sum / state.loss_photos, **figures}
+    if not all(map(math.isfinite, row.values())):
+        raise diverged(f"a validation loss of {figures['loss']} after epoch {epoch}")
+    state.history.append(row)
+    state.note_unreadable(unreadable)
+    state.loss_sum, state.loss_photos = 0.0, 0
+    return row
 
-    Returns: counts of photos, accuracies and calibration error as fractions of 1, the loss in nats.
 
-    Raises: DataError where no photo can be read.
-    """
-    network.eval()
-    logits, labels, unreadable = [], [], 0
-    for images, targets, skipped in data.validation_loader(folder, config):
-        unreadable += skipped
-        if len(images):
-            logits.append(network(network_input(images.to(device), config)).float().cpu().numpy())
-            labels.append(targets.numpy())
-    if not logits:
-        raise DataError(f"val/ must hold photos that can be read. Got {unreadable} unreadable ones. Replace them.")
-    all_logits, all_labels = np.concatenate(logits), np.concatenate(labels)
-    classes = len(folder.classes)
-    return {
-        "photos": len(all_labels),
-        "unreadable": unreadable,
-        "top1": metrics.topk_accuracy(all_logits, all_labels, 1),
-        "top5": metrics.topk_accuracy(all_logits, all_labels, min(5, classes)),
-        "class_averaged_top1": metrics.class_averaged_accuracy(all_logits.argmax(1), all_labels, classes),
-        "loss": metrics.cross_entropy(all_logits, all_labels),
-        "ece": metrics.expected_calibration_error(metrics.softmax(all_logits), all_labels),
-    }
+def _draw_from(fabric: "Fabric", *key: int) -> None:
+    """Make the random numbers that follow a function of the key alone, so that no generator needs to be saved."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)
+    if fabric.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGTERM and Ctrl-C only set a flag, which the loop reads after a step."""
+def _own_random_numbers(fabric: "Fabric") -> Iterator[None]:
+    """Leave the caller's random numbers as they are."""
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], None]]:
+    """Within the block, SIGTERM and Ctrl-C do nothing until the yielded function is called, which then raises."""
     received: list[int] = []
     try:
         before = {
@@ -207,8 +300,13 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         }
     except ValueError:  # only the main thread can handle signals; elsewhere they keep their meaning
         before = {}
+
+    def check_stop() -> None:
+        if received:
+            raise _StoppedError
+
     try:
-        yield lambda: bool(received)
+        yield check_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,35 +1,47 @@
-"""A run's state and its folder: checkpoint, weights, card, configuration and log, each written whole or not at all.
+"""A run's state and its folder, of which each file is written whole or not at all.
 
-config.yaml          the options
 checkpoint.pt        all that is needed to go on
-weights.safetensors  the model, averaged if the run averages
+weights.safetensors  the model as it is, averaged if the run averages
 weights.json         its card
+config.yaml          the options
 log.csv              one row per evaluation
+unreadable.csv       photos that could not be read, and why
+
+The checkpoint is written last and everything else follows from it: wherever a save is cut off, the folder holds a
+model that loads, a card that claims nothing false of it, and a checkpoint from which the run ends the same.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
 import shlex
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
 import yaml
-from safetensors.torch import save
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from safetensors.torch import save as safetensors_of
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 import weightnet
 from weightnet.errors import TrainingError, UsageError
-from weightnet.nn.variants import NetworkSpec
+from weightnet.images.transforms import Preprocess
+from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.train.config import TrainConfig
-from weightnet.train.data import PhotoFolder
+from weightnet.train.data import Unreadable
+from weightnet.train.folders import PhotoFolder
 from weightnet.zoo.cards import Card, write_atomically, write_card
 
-# Options that may change when a run is resumed: they do not change its numbers, or only where it is cut.
-FREE_OPTIONS = {"out", "data", "workers", "device", "checkpoint_minutes", "cache", "evaluate_every", "terms"}
+# Options that may change when a run is resumed: they change none of its numbers, or only where it runs and looks up.
+FREE_OPTIONS = {"out", "data", "workers", "device", "checkpoint_minutes", "evaluate_every", "terms"}
+
+LOCK_TIMEOUT_S = 15  # the workers of a killed run live on for some seconds, and hold its lock
 
 
 @dataclasses.dataclass
@@ -38,121 +50,178 @@ class RunState:
 
     Args:
         network: the network in training.
-        average: its exponential moving average; the network itself where the run does not average.
+        average: its exponential moving average; None where the run does not average.
         optimizer: the optimiser of the network.
-        averaged: whether the average is what is evaluated and kept.
+        precision: Fabric's precision, which has a state where it scales the loss.
+        preprocess: from a decoded photo to the network's input, outside training.
         step: steps done.
-        unreadable: photos skipped because they could not be read.
+        loss_sum: losses of the photos since the last evaluation, added up.
+        loss_photos: how many these were.
+        skipped: steps without an update since the last one with one, because their photos could not be read.
+        unreadable: photos that could not be read, and why.
         history: one mapping of figures per evaluation.
     """
 
-    network: nn.Module
-    average: AveragedModel
+    network: ShuffleNetV2
+    average: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    averaged: bool
+    precision: Any
+    preprocess: Preprocess
     step: int = 0
-    unreadable: int = 0
+    loss_sum: float = 0.0
+    loss_photos: int = 0
+    skipped: int = 0
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> ShuffleNetV2:
         """The network that is evaluated and kept."""
-        return self.average.module if self.averaged else self.network
+        return self.network if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def note_unreadable(self, photos: Sequence[Unreadable]) -> None:
+        """Remember photos that could not be read."""
+        self.unreadable.update(photos)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain data."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "preprocess": self.preprocess.to_dict(), **{name: getattr(self, name) for name in _FIGURES}}
+
+    def set_from_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `to_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
+        self.preprocess = Preprocess.from_dict(saved["preprocess"])
+        for name in _FIGURES:
+            setattr(self, name, saved[name])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"network": self.network, "optimizer": self.optimizer, "precision": self.precision}
+        return parts if self.average is None else {**parts, "average": self.average}
+
+
+_FIGURES = ("step", "loss_sum", "loss_photos", "skipped", "unreadable", "history")
 
 
 @dataclasses.dataclass
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run, held by one process at a time.
 
     Args:
         path: where it is.
         config: the options of the run.
         photos: what it trains on.
-        checkpoint_at: when the last checkpoint was written, on the monotonic clock, in seconds.
+        saved_at: when it was last saved, on the monotonic clock, in seconds.
     """
 
     path: Path
     config: TrainConfig
     photos: PhotoFolder
-    checkpoint_at: float = dataclasses.field(default_factory=time.monotonic)
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, config: TrainConfig, photos: PhotoFolder, *, resume: bool) -> "RunFolder":
-        """Make a new run folder, or check the one that is resumed.
+    @contextlib.contextmanager
+    def open(cls, config: TrainConfig, photos: PhotoFolder, *, resume: bool) -> Iterator["RunFolder"]:
+        """Hold the run folder, made where it is missing, within the block.
 
-        Raises: TrainingError where it cannot be written, or has or lacks a checkpoint; UsageError for changed options.
+        Raises: TrainingError where it cannot be made, another process holds it, or it has a run that is not resumed.
         """
-        path = Path(config.out)
-        checkpoint = path / "checkpoint.pt"
-        if resume and not checkpoint.exists():
-            raise TrainingError(f"A run to resume must have a checkpoint. Got none in {path}. Start it anew.")
-        if checkpoint.exists() and not resume:
-            raise TrainingError(f"The run folder must be new. Got a checkpoint in {path}. Resume it, or name another.")
-        if resume:
-            _check_same_run(config, path / "config.yaml")
-        run = cls(path, config, photos)
+        run = cls(Path(config.out), config, photos)
+        lock = filelock.FileLock(run.path / ".lock", timeout=LOCK_TIMEOUT_S)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise TrainingError(
+                f"A run folder must be of one process. Got {run.path}, in which another trains. Name another."
+            ) from error
         except OSError as error:
-            raise TrainingError(f"The run folder must be a folder that can be made. Got {path}: {error}.") from error
-        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-        run._write("config.yaml", text.encode())
-        return run
+            raise TrainingError(
+                f"The run folder must be a folder that can be written. Got {run.path}: {error}. Name another."
+            ) from error
+        try:
+            if run.begun and not resume:
+                raise TrainingError(f"The run folder must be new. Got a run in {run.path}. Resume it, or name another.")
+            for rest in run.path.glob(".*.part"):  # of a save that was cut off
+                rest.unlink(missing_ok=True)
+            yield run
+        finally:
+            lock.release()
 
-    def seconds_since_checkpoint(self) -> float:
-        """Return the age of the last checkpoint, in seconds."""
-        return time.monotonic() - self.checkpoint_at
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to resume."""
+        return (self.path / "checkpoint.pt").exists()
 
-    def read_checkpoint(self, state: RunState) -> None:
+    @property
+    def seconds_since_save(self) -> float:
+        """The age of the last save."""
+        return time.monotonic() - self.saved_at
+
+    def restore(self, state: RunState) -> None:
         """Put the run's state where the checkpoint was.
 
-        Raises: TrainingError where the checkpoint is damaged.
+        Raises: TrainingError where the checkpoint is damaged; UsageError for other options or photos than it has.
         """
         path = self.path / "checkpoint.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            state.network.load_state_dict(saved["network"])
-            state.average.load_state_dict(saved["average"])
-            state.optimizer.load_state_dict(saved["optimizer"])
-            state.step, state.unreadable, state.history = saved["step"], saved["unreadable"], saved["history"]
-            torch.set_rng_state(saved["random"])
+            options, photos = dict(saved["config"]), str(saved["photos"])
         except Exception as error:  # torch reports a damaged archive by many classes of exceptions
-            raise TrainingError(f"The checkpoint {path} must be whole. Got: {error}. Start a new run.") from error
+            raise _damaged(path, error) from error
+        self._check_same(options, photos)
+        try:
+            state.set_from_dict(saved)
+        except Exception as error:
+            raise _damaged(path, error) from error
 
-    def write_checkpoint(self, state: RunState) -> None:
+    def save(self, state: RunState) -> None:
         """Write the state, the model as it is now, its card and the log.
 
-        Raises: TrainingError where a file cannot be written; the last good ones are intact then.
+        Raises: TrainingError where the state has run off to infinity or a file cannot be written; the last checkpoint
+            is intact then.
         """
-        buffer = io.BytesIO()
-        saved = {name: getattr(state, name).state_dict() for name in ("network", "average", "optimizer")}
-        saved |= {name: getattr(state, name) for name in ("step", "unreadable", "history")}
-        torch.save({**saved, "random": torch.get_rng_state()}, buffer)
-        weights = save({name: tensor.contiguous() for name, tensor in state.evaluated.state_dict().items()})
+        saved = {"config": dataclasses.asdict(self.config), "photos": self.photos.digest(), **state.to_dict()}
+        if not all(_finite(saved[name]) for name in ("network", "average") if name in saved):
+            raise diverged(f"weights that are not at step {state.step}")
+        checkpoint = io.BytesIO()
+        torch.save(saved, checkpoint)
+        weights = safetensors_of({name: value.contiguous() for name, value in state.evaluated.state_dict().items()})
         card = self.card(state)
-        card = dataclasses.replace(card, notes={"weights_sha256": hashlib.sha256(weights).hexdigest()})
-        self._write("checkpoint.pt", buffer.getvalue())
-        self._write("weights.safetensors", weights)
+        # Until its own card is there, the new model has one that holds for every model of the run.
+        outline = dataclasses.replace(card, measured={}, made_by={**card.made_by, "steps": None}, notes={})
         try:
-            write_card(card, self.path / "weights.json")
+            write_atomically(self.path / "config.yaml", _yaml(self.config))
+            write_card(outline, self.path / "weights.json")
+            write_atomically(self.path / "weights.safetensors", weights)
+            notes = {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+            write_card(dataclasses.replace(card, notes=notes), self.path / "weights.json")
+            if state.history:
+                write_atomically(self.path / "log.csv", _table(list(state.history[0]), state.history))
+            if state.unreadable:
+                rows = [{"photo": name, "reason": state.unreadable[name]} for name in sorted(state.unreadable)]
+                write_atomically(self.path / "unreadable.csv", _table(["photo", "reason"], rows))
+            write_atomically(self.path / "checkpoint.pt", checkpoint.getvalue())
         except OSError as error:
-            self._refuse("weights.json", error)
-        if state.history:
-            self._write("log.csv", _table(state.history))
-        self.checkpoint_at = time.monotonic()
+            raise TrainingError(
+                f"The run folder must be writable. Got {self.path}: {error}. The last checkpoint is intact: "
+                "make room or mend the folder, and resume."
+            ) from error
+        self.saved_at = time.monotonic()
 
     def card(self, state: RunState) -> Card:
         """Return the card of the run's model; it states figures only where this very model was measured."""
-        latest = state.history[-1] if state.history else {"step": -1.0}
-        measured = {**latest, "on": f"{self.config.data}/val"} if latest["step"] == state.step else {}
         config = self.config
-        spec: NetworkSpec = state.network.spec  # type: ignore[assignment]
+        latest = state.history[-1] if state.history else {"step": -1}
+        measured = {**latest, "on": f"{config.data}/val"} if latest["step"] == state.step else {}
         command = ["weightnet", "train", "--config", f"{config.out}/config.yaml", "--out", "NEW_FOLDER"]
+        name = "".join(filter(str.isprintable, self.path.resolve().name))[:200]
         return Card(
-            name=self.path.name,
-            network=spec,
+            name=name or "run",
+            network=state.network.spec,
             classes=self.photos.classes,
-            preprocess=config.preprocess,
+            preprocess=state.preprocess,
             measured=measured,
             made_by={
                 "command": shlex.join(command),
@@ -165,45 +234,44 @@ class RunFolder:
             terms=config.terms,
         )
 
-    def _write(self, name: str, content: bytes) -> None:
-        try:
-            write_atomically(self.path / name, content)
-        except OSError as error:
-            self._refuse(name, error)
-
-    def _refuse(self, name: str, error: OSError) -> None:
-        raise TrainingError(
-            f"The run folder must be writable. Got {self.path / name}: {error}. Files written before are intact: "
-            "make room or mend the folder, and resume."
-        ) from error
-
-
-def start_state(network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> RunState:
-    """Return the state of a run that begins."""
-    average = AveragedModel(
-        network,
-        multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-        use_buffers=True,
-    )
-    return RunState(network, average, optimizer, averaged=config.ema_decay > 0)
-
-
-def _check_same_run(config: TrainConfig, path: Path) -> None:
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise TrainingError(f"{path} must hold the run's options. Got: {error}. Start a new run.") from error
-    for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_OPTIONS and before.get(name) != value:
+    def _check_same(self, options: dict[str, Any], photos: str) -> None:
+        for field in dataclasses.fields(TrainConfig):
+            value, before = getattr(self.config, field.name), options.get(field.name, field.default)
+            if field.name not in FREE_OPTIONS and value != before:
+                raise UsageError(
+                    f"A resumed run must keep its options. Got {field.name}={value!r}, before {before!r}. "
+                    f"Keep it (see {self.path / 'config.yaml'}), or start a new run."
+                )
+        if photos != self.photos.digest():
             raise UsageError(
-                f"A resumed run must keep its options. Got {name}={value!r}, before {before.get(name)!r}. "
-                "Keep it, or start a new run."
+                f"A resumed run must keep its training photos. Got others in {self.photos.root}. "
+                "Put them back, or start a new run."
             )
 
 
-def _table(rows: list[dict[str, float]]) -> bytes:
+def diverged(what: str) -> TrainingError:
+    """Return the error of a run whose numbers have left all bounds."""
+    return TrainingError(
+        f"Loss and weights must be finite. Got {what}. The last checkpoint is intact, but this run leads here again: "
+        "start a new one with a lower learning_rate."
+    )
+
+
+def _damaged(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"The checkpoint {path} must be whole. Got: {error}. Start a new run in another folder.")
+
+
+def _finite(state: dict[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+def _yaml(config: TrainConfig) -> bytes:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True).encode()
+
+
+def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "surrogateescape")
