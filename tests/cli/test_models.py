@@ -79,7 +79,7 @@ def test_models_shows_what_was_measured_of_embedded_models(weightnet, as_default
     assert (row["name"], row["measured"]) == ("default", {"top1": 0.25})
     assert row["page"] == {"params": None, "flops": None, "top1_error": None}
     text = weightnet("models").out
-    assert text.splitlines()[-1] == "default: 5 classes, 32 x 32 px, top1 0.25"
+    assert text.splitlines()[-1] == "default: 5 classes, 32 x 32 px; top1 0.2500"
 
 
 def test_models_counts_networks_with_another_classifier():

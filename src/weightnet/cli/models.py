@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightnet.cli.output import Switch, open_results, printable
+from weightnet.cli.output import Switch, figures, open_results, printable
 from weightnet.errors import UnknownModelError, nearest
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 
@@ -122,6 +122,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _measured(card: "Card") -> str:
-    figures = ", ".join(f"{name} {value}" for name, value in card.measured.items())
     crop = card.preprocess.crop
-    return f"{len(card.classes)} classes, {crop} x {crop} px, {figures or 'nothing measured'}"
+    return f"{len(card.classes)} classes, {crop} x {crop} px; {figures(card.measured) or 'nothing measured'}"

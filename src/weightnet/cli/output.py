@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TextIO
 
@@ -39,6 +39,21 @@ def printable(text: str) -> str:
     'a\\tb\\x1b[31m\\xff'
     """
     return "".join(c if c.isprintable() or c == "\n" else _escape(c) for c in text)
+
+
+def figures(measured: Mapping[str, Any]) -> str:
+    """Return measured figures on one line.
+
+    >>> figures({"photos": 60, "top1": 2 / 3, "by source": {"pets": 0.5}})
+    'photos 60, top1 0.6667, by source (pets 0.5000)'
+    """
+    return ", ".join(f"{name} {_figure(value)}" for name, value in measured.items())
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"({figures(value)})"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def printable_path(path: str) -> str:

@@ -1,13 +1,13 @@
 """`weightnet train`: every field of `TrainConfig` is a flag."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from weightnet.cli.output import Switch, open_results, printable, say
+from weightnet.cli.output import Switch, figures, open_results, printable, say
 from weightnet.train.config import TrainConfig, read_options
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def train(
 
     with _reports() as report:
         card = fit(options, resume=resume, report=report)
-    results.write(printable(f"{options.out}: {_figures(card.measured)}") + "\n")
+    results.write(printable(f"{options.out}: {figures(card.measured)}") + "\n")
     return 0
 
 
@@ -69,15 +69,9 @@ def _reports() -> "Iterator[Callable[[Progress], None]]":
 
         def report(progress: "Progress") -> None:
             if progress.measured is not None:
-                say(f"epoch {progress.epoch}: {_figures(progress.measured)}")
+                say(f"epoch {progress.epoch}: {figures(progress.measured)}")
                 return
             text = f"epoch {progress.epoch}, loss {progress.loss:.3f}, {progress.photos_per_s:.0f} photos/s"
             bar.update(task, completed=progress.step, total=progress.total_steps, description=text)
 
         yield report
-
-
-def _figures(measured: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in measured.items()
-    )
