@@ -1,0 +1,240 @@
+"""Embedding a run: the figures of the card against a recount, and what is refused."""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+import weightnet
+from weightnet.images.decode import read_image
+from weightnet.images.labels import ClassLabel
+from weightnet.images.transforms import Preprocess
+from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.variants import NetworkSpec
+from weightnet.zoo.cards import Card, read_card, write_card
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "embed_default.py"
+CLASSES = [  # folder, label, wnid, imagenet_index, source
+    ("cat", "cat", "n02121620", "", "pets"),
+    ("dog", "dog", "n02084071", "", "pets"),
+    ("dalmatian", "dalmatian", "n02110341", "251", "caltech"),
+    ("wild_cat", "wild cat", "", "", "caltech"),
+    ("chair", "chair", "n03001627", "", "caltech"),
+    ("n02102040", "English springer", "n02102040", "217", "imagenette"),
+]
+PHOTOS = 9  # of each class
+COMMANDS = ["--command", "python scripts/build_everyday112.py --out data", "--command", "weightnet train --out run"]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("embed_default", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["embed_default"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CLASS_TABLE", tmp_path / "data" / "classes.csv")
+    yield module
+    del sys.modules["embed_default"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A tiny Everyday-112 of noise, of which only the validation photos are there."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    rows = [("split", "folder", "file", "source", "source_path", "sha256"), ("train", "cat", "no.png", "pets", "", "")]
+    for folder, _, _, _, source in CLASSES:
+        (data / "val" / folder).mkdir(parents=True)
+        for index in range(PHOTOS):
+            noise = rng.normal(rng.integers(0, 256, 3), 40, (40, 50, 3)).clip(0, 255).astype(np.uint8)
+            assert cv2.imwrite(str(data / "val" / folder / f"{index}.png"), noise)
+            rows.append(("val", folder, f"{index}.png", source, "", ""))
+    for name, table in (
+        ("photos.csv", rows),
+        ("classes.csv", [("folder", "label", "wnid", "imagenet_index"), *(row[:4] for row in CLASSES)]),
+    ):
+        with (data / name).open("w", newline="") as file:
+            csv.writer(file).writerows(table)
+    return data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run of a network whose answers depend on the photo."""
+    spec = NetworkSpec(
+        (16, 32, 64), M=2, G=2, stage_repeats=(1, 1, 1), stem_channels=8, head_channels=32, num_classes=len(CLASSES)
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        network = ShuffleNetV2(spec)
+        network(torch.randn(16, 3, 32, 32) * 50 * torch.rand(16, 3, 1, 1))  # batch statistics
+        torch.nn.init.normal_(network.classifier[0].weight, 0, 20)
+        network.first_conv[1].running_var[0] = 1e5  # more than float16 has
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file(network.state_dict(), run / "weights.safetensors")
+    config = {"data": "/home/somebody/data", "out": "/home/somebody/run", "epochs": 40}
+    card = Card(
+        "run",
+        spec,
+        tuple(ClassLabel(label, wnid or None, int(index) if index else None) for _, label, wnid, index, _ in CLASSES),
+        Preprocess(resize=36, crop=32, interpolation="area"),
+        measured={"step": 7, "top1": 0.5, "on": "/home/somebody/data/val"},
+        made_by={"command": "weightnet train --config /home/somebody/run/config.yaml", "config": config, "steps": 7},
+        terms="free",
+        notes={"weights_sha256": "of the run"},
+    )
+    write_card(card, run / "weights.json")
+    return run
+
+
+@pytest.fixture
+def embedded(script: ModuleType, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an embedded model `default`, made by the command line."""
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["run", "data", *COMMANDS, "--out", "embedded"]) == 0
+    return tmp_path / "embedded"
+
+
+def change_card(run: Path, **changes: Any) -> None:
+    path = run / "weights.json"
+    write_card(dataclasses.replace(read_card(path), **changes), path)
+
+
+def recount(model: Path, data: Path) -> tuple[Any, Any, Any]:
+    """Logits (N, C), labels and sources of the validation photos, one at a time."""
+    network = weightnet.load(str(model))
+    preprocess = weightnet.preprocess_for(network)
+    logits, labels, sources = [], [], []
+    for label, (folder, *_, source) in enumerate(CLASSES):
+        for index in range(PHOTOS):
+            x = torch.from_numpy(preprocess(read_image(data / "val" / folder / f"{index}.png")))[None]
+            with torch.inference_mode():
+                logits.append(network(x)[0].double().numpy())
+            labels.append(label)
+            sources.append(source)
+    return np.stack(logits), np.array(labels), np.array(sources)
+
+
+def test_embed_measures_the_file_as_it_ships(embedded: Path, data: Path) -> None:
+    measured = read_card(embedded / "default.json").measured
+    logits, labels, sources = recount(embedded / "default.safetensors", data)
+    best = logits.argmax(1)
+    right = best == labels
+    assert 0 < right.mean() < 0.9
+    assert measured["photos"] == len(CLASSES) * PHOTOS
+    assert measured["top1"] == round(right.mean(), 4)
+    top5 = [label in np.argsort(-row)[:5] for row, label in zip(logits, labels, strict=True)]
+    assert measured["top5"] == round(np.mean(top5), 4)
+    assert measured["class_averaged_top1"] == round(np.mean([right[labels == c].mean() for c in range(6)]), 4)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert measured["loss"] == pytest.approx(-log_probabilities[np.arange(len(labels)), labels].mean(), abs=1e-3)
+    assert 0 < measured["ece"] < 1
+    names = {"pets": "cats and dogs", "caltech": "Caltech-101", "imagenette": "Imagenette"}
+    for source, title in names.items():
+        assert measured["sources"][title]["photos"] == (sources == source).sum()
+        assert measured["sources"][title]["top1"] == round(right[sources == source].mean(), 4)
+
+
+def test_embed_counts_overlaps_leniently_beside(embedded: Path, data: Path) -> None:
+    measured = read_card(embedded / "default.json").measured
+    logits, labels, _ = recount(embedded / "default.safetensors", data)
+    pairs = [{0, 3}, {1, 2}, {1, 5}]  # cat, wild cat; dog, dalmatian; dog, English springer
+    lenient = np.array([a == b or {a, b} in pairs for a, b in zip(logits.argmax(1).tolist(), labels, strict=True)])
+    assert measured["lenient_top1"] == round(lenient.mean(), 4) > measured["top1"]
+    assert measured["lenient_class_averaged_top1"] == round(np.mean([lenient[labels == c].mean() for c in range(6)]), 4)
+    assert measured["sources"]["cats and dogs"]["lenient_top1"] == round(lenient[labels < 2].mean(), 4)
+
+
+def test_embed_writes_half_precision_but_for_single_axes(embedded: Path, run: Path) -> None:
+    arrays, trained = load_file(embedded / "default.safetensors"), load_file(run / "weights.safetensors")
+    assert arrays.keys() == {name for name in trained if not name.endswith("num_batches_tracked")}
+    for name, array in arrays.items():
+        assert array.dtype == (np.float16 if array.ndim > 1 else np.float32)
+        np.testing.assert_array_equal(array, trained[name].astype(array.dtype))
+    assert arrays["first_conv.1.running_var"][0] == 1e5
+
+
+def test_embed_card_says_how_it_was_made_and_nothing_of_this_machine(embedded: Path, tmp_path: Path) -> None:
+    text = (embedded / "default.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    assert "/home/" not in text
+    card = json.loads(text)
+    assert card["name"] == "default"
+    own = "python scripts/embed_default.py run data"
+    assert card["made_by"]["commands"] == [COMMANDS[1], COMMANDS[3], own]
+    assert card["made_by"]["config"] == {"epochs": 40}
+    assert card["classes"][2] == {"label": "dalmatian", "wnid": "n02110341", "imagenet_index": 251}
+    assert card["terms"] == "free"
+    sha256 = hashlib.sha256((embedded / "default.safetensors").read_bytes()).hexdigest()
+    assert card["notes"]["weights_sha256"] == sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measured": {}}, "RUN must be finished"),
+        ({"measured": {"step": 6}}, "RUN must be finished"),
+        ({"terms": ""}, "must state the terms"),
+        ({"classes": tuple(ClassLabel(str(number)) for number in range(6))}, "must know the classes of DATA"),
+    ],
+)
+def test_embed_refuses_a_run(
+    script: ModuleType, run: Path, data: Path, tmp_path: Path, capsys: Any, changes: dict[str, Any], message: str
+) -> None:
+    change_card(run, **changes)
+    assert script.main([str(run), str(data), "--command", "weightnet train", "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train --data /home/me", "train --data=/home/me", "train --data '~/photos'"])
+def test_embed_refuses_folders_of_this_machine(
+    script: ModuleType, run: Path, data: Path, tmp_path: Path, capsys: Any, command: str
+) -> None:
+    assert script.main([str(run), str(data), "--command", command, "--out", str(tmp_path / "out")]) == 2
+    assert "no folder of one machine" in capsys.readouterr().err
+
+
+def test_embed_refuses_weights_beyond_float16(
+    script: ModuleType, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arrays = weightnet.load(str(run)).state_dict()
+    arrays["classifier.0.weight"][0, 0] = 1e5
+    save_file(arrays, run / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 2
+    assert "must fit into float16" in capsys.readouterr().err
+
+
+def test_embed_wants_every_photo(
+    script: ModuleType, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (data / "val" / "chair" / "3.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 1
+    assert "3.png" in capsys.readouterr().err
+    (data / "photos.csv").unlink()
+    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 1
+    assert "made by build_everyday112.py" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_embed_table_of_pairs_names_classes_of_everyday112() -> None:
+    with SCRIPT.with_name("everyday112_classes.csv").open(newline="", encoding="utf-8") as file:
+        labels = {row["label"] for row in csv.DictReader(file)}
+    assert {"cat", "dog", "English springer", "dalmatian", "wild cat"} <= labels

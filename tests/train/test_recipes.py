@@ -1,0 +1,33 @@
+"""The recipes in `configs/`."""
+
+from pathlib import Path
+
+import pytest
+
+import weightnet
+from weightnet.train.config import TrainConfig, read_options
+from weightnet.train.loop import fit
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_is_a_configuration_without_folders(path: Path) -> None:
+    options = read_options(path)
+    assert not {"data", "out"} & options.keys()
+    config = TrainConfig.from_options({**options, "data": "photos", "out": "run"})
+    assert all(getattr(config, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_says_its_cost_and_result(path: Path) -> None:
+    comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any("Cost: " in line for line in comments)
+    assert any("Result: " in line for line in comments)
+
+
+def test_debug_recipe_trains(photos: Path, tmp_path: Path) -> None:
+    options = read_options(next(path for path in CONFIGS if path.stem == "debug"))
+    card = fit(TrainConfig.from_options({**options, "data": str(photos), "out": str(tmp_path / "run")}))
+    assert (card.made_by["steps"], card.measured["photos"]) == (4, 12)
+    assert weightnet.load(str(tmp_path / "run")).spec == card.network
