@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import pickletools
 import stat
 import struct
 import tracemalloc
@@ -118,7 +119,13 @@ def arrays_of_any_layout() -> st.SearchStrategy[npt.NDArray[np.generic]]:
     shapes = hypothesis.extra.numpy.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)
     plain = hypothesis.extra.numpy.arrays(st.sampled_from(list(DTYPES.values())), shapes)
     layouts = st.sampled_from(
-        (np.asarray, np.asfortranarray, np.transpose, lambda array: array[::-1] if array.ndim else array)
+        (
+            np.asarray,
+            np.asfortranarray,
+            np.transpose,
+            lambda array: np.moveaxis(array, 0, -1) if array.ndim else array,
+            lambda array: array[::-1] if array.ndim else array,
+        )
     )
     return st.builds(lambda array, layout: layout(array), plain, layouts)
 
@@ -226,11 +233,15 @@ def test_write_megengine_is_read_by_pythons_unpickler(state: State, tmp_path_fac
 
 
 @pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
-def test_write_megengine_takes_more_entries_than_one_opcode_sets(tmp_path: Path) -> None:
-    state = {f"layer.{index}.bias": np.full(3, index, np.float32) for index in range(2_345)}
+def test_write_megengine_writes_many_entries_of_late_types_and_all_sizes(tmp_path: Path) -> None:
+    state: State = {f"layer.{index}.bias": np.full(3, index, np.float32) for index in range(2_345)}
+    # A type that first occurs late is referred to by a long memo index.
+    state |= {f"late.{size}": np.ones((1, size), np.int8) for size in (1, 255, 256, 65_535, 65_536, 70_000)}
     write_megengine(state, tmp_path / "many.pkl")
-    assert_same(read_megengine(tmp_path / "many.pkl"), state)
-    assert_same(pickle.loads((tmp_path / "many.pkl").read_bytes()), state)
+    data = (tmp_path / "many.pkl").read_bytes()
+    assert_same(read_megengine(data), state)
+    assert_same(pickle.loads(data), state)
+    assert [opcode.name for opcode, _, _ in pickletools.genops(data)].count("SETITEMS") == 3  # as CPython's pickler
 
 
 def test_write_megengine_stores_big_endian_arrays_as_little_endian(tmp_path: Path) -> None:

@@ -328,6 +328,10 @@ def test_read_megengine_refuses_shapes_that_do_not_fit_the_data(sizes: tuple[int
     assert_refused(file_of(array(shape_of(*sizes))))
 
 
+def test_read_megengine_refuses_empty_arrays_of_sizes_that_no_array_has() -> None:
+    assert_refused(file_of(array(shape_of(0, *[1 << 30] * 4), data=binary(b""))), "elements. Got 'a'")
+
+
 @pytest.mark.parametrize("item", [b"\x88", text("1"), b")", b"N", b"G\x3f\xf0\0\0\0\0\0\0", ONE])
 def test_read_megengine_refuses_shapes_of_other_things_than_integers(item: bytes) -> None:
     assert_refused(file_of(array(b"(" + item + b"t")), "shape must be.*Got 'a'")
@@ -345,10 +349,6 @@ def test_read_megengine_refuses_axes_that_are_no_permutation(axes: bytes) -> Non
     assert read_megengine(file_of(buffer + text("K") + shape_of(1, 0) + b"tR"))["a"].shape == (3, 2)
     assert_refused(file_of(buffer + text("K") + axes + b"tR"))
     assert_refused(file_of(buffer + text("A") + b"tR"), "another call")
-
-
-def test_read_megengine_refuses_an_array_that_was_never_filled() -> None:
-    assert_refused(file_of(EMPTY_ARRAY), "Got 'a'")
 
 
 # Structure
@@ -385,6 +385,7 @@ def test_read_megengine_refuses_an_array_that_was_never_filled() -> None:
         (file_of(ONE, b"N"), "every entry must be an array. Got 'b': None"),
         (file_of(ONE, binary(b"x")), "Got 'b': bytes"),
         (file_of(ONE, b"}"), "Got 'b': a dict"),
+        (file_of(EMPTY_ARRAY), "dtype must be.*Got 'a'"),
         (HEADER + b"}" + text("state_dict") + b"}s.", "an empty one"),
         (file_of(ONE) + b"\0", "1 bytes behind it"),
         (file_of(ONE) + file_of(ONE), "behind it"),
