@@ -199,17 +199,18 @@ def test_predict_on_a_terminal_shows_no_markup_or_control_characters(photos, run
 
 
 def test_predict_writes_rows_as_they_come(photos, run_folder, png, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", written := io.StringIO())
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
 
     def photos_without_end(paths, *, report):
         for number in range(40):
             if number > 12:
-                assert written.getvalue().count("\n") >= number - 8
+                assert written.getvalue().count(b"\n") >= number - 8
             yield "a.png"
 
     monkeypatch.setattr(inputs, "find_images", photos_without_end)
     assert main(["predict", "x", "--model", str(run_folder), "--jsonl", "--batch-size", "4"]) == 0
-    assert written.getvalue().count("\n") == 40
+    assert written.getvalue().count(b"\n") == 40
 
 
 def test_predict_says_what_the_default_knows(weightnet, photos, as_default):
@@ -257,7 +258,8 @@ def test_predict_shows_no_progress_on_short_work_or_beside_the_rows(photos, run_
 @pytest.mark.full
 def test_predict_ends_when_its_reader_goes_away(photos, run_folder):
     command = [sys.executable, "-m", "weightnet", "predict", *["a.png"] * 3000, "--model", str(run_folder), "--jsonl"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert json.loads(child.stdout.readline())["status"] == "ok"
         child.stdout.close()
         assert child.stderr.read() == b""
