@@ -66,16 +66,14 @@ def default_table() -> str:
 
 
 def figure_rows(measured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the figures to show, as text: those of the whole, then the top-1 accuracy on each part of the photos.
+    """Return the figures to show, as text: those of the whole, then the top-1 accuracy on each source of the photos.
 
-    >>> figure_rows({"photos": 6051, "top1": 0.7, "by source": {"pets": 0.81, "caltech": {"top1": 0.6}}})
-    {'validation photos': '6,051', 'top-1': '70.0%', 'top-1, pets': '81.0%', 'top-1, caltech': '60.0%'}
+    >>> figure_rows({"photos": 6051, "top1": 0.7, "sources": {"pets": {"photos": 900, "top1": 0.81}}})
+    {'validation photos': '6,051', 'top-1': '70.0%', 'top-1, pets': '81.0% of 900'}
     """
     rows = {text: _figure(name, measured[name]) for name, text in FIGURES.items() if name in measured}
-    for parts in measured.values():
-        if isinstance(parts, Mapping):
-            for part, value in parts.items():
-                rows[f"top-1, {part}"] = _figure("top1", value["top1"] if isinstance(value, Mapping) else value)
+    for source, figures in measured.get("sources", {}).items():
+        rows[f"top-1, {source}"] = f"{_figure('top1', figures['top1'])} of {_figure('photos', figures['photos'])}"
     return rows
 
 
