@@ -114,6 +114,12 @@ def test_read_pickle_equals_unpickling_for_plain_values(protocol: int) -> None:
     assert repr(got) == repr(value)
 
 
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_read_megengine_keeps_the_axes_of_a_transposed_array(protocol: int) -> None:
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)  # not its own inverse
+    assert_same(read_megengine(pickle.dumps({"a": array}, protocol=protocol)), {"a": array})
+
+
 def arrays_of_any_layout() -> st.SearchStrategy[npt.NDArray[np.generic]]:
     """C order, Fortran order, transposed and strided arrays of every type that a file may hold."""
     shapes = hypothesis.extra.numpy.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)

@@ -364,7 +364,6 @@ def test_read_megengine_refuses_axes_that_are_no_permutation(axes: bytes) -> Non
         (HEADER + b"}.", "an empty one"),
         (HEADER + ONE + b".", "Got an array"),
         (HEADER + b"(N.", "more than one"),
-        (HEADER + b"NN.", "more than one"),
         (HEADER + b"}t.", "operands"),
         (HEADER + b"}NNu.", "operands"),
         (HEADER + b"}(Nu.", "pairs"),
