@@ -19,29 +19,34 @@ from weightnet.nn.variants import VARIANTS, NetworkSpec
 from weightnet.train.config import TrainConfig
 from weightnet.train.loop import Progress, fit
 
-JOB: dict[str, Any] = globals()["JOB"]
+
+def begin(job: dict[str, Any], step: int) -> None:
+    """Do what the job asks for at a step."""
+    if job.get("signal", (None,))[0] == step:
+        (os.killpg if job.get("group") else os.kill)(os.getpid(), job["signal"][1])
+    if job.get("max_file_bytes", (None,))[0] == step:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["max_file_bytes"][1],) * 2)
 
 
-def report(progress: Progress) -> None:
-    if progress.measured is None:
-        begin(progress.step)
+def main(job: dict[str, Any]) -> None:
+    """Run the job."""
+    os.setsid()
+    torch.set_num_threads(1)
+    tiny = NetworkSpec(**job["network"])
+    VARIANTS["tiny"] = dataclasses.replace(VARIANTS["shufflenet_v2_x0_5"], spec=tiny)
+    begin(job, 0)
+
+    def report(progress: Progress) -> None:
+        if progress.measured is None:
+            begin(job, progress.step)
+
+    try:
+        card = fit(TrainConfig(**job["options"]), resume=job.get("resume", False), report=report)
+        outcome: dict[str, Any] = {"measured": dict(card.measured)}
+    except WeightNetError as error:
+        outcome = {"error": type(error).__name__, "message": str(error)}
+    Path(job["answer"]).write_text(json.dumps(outcome))
 
 
-def begin(step: int) -> None:
-    if JOB.get("signal", (None,))[0] == step:
-        (os.killpg if JOB.get("group") else os.kill)(os.getpid(), JOB["signal"][1])
-    if JOB.get("max_file_bytes", (None,))[0] == step:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (JOB["max_file_bytes"][1],) * 2)
-
-
-os.setsid()
-torch.set_num_threads(1)
-tiny = NetworkSpec(**JOB["network"])
-VARIANTS["tiny"] = dataclasses.replace(VARIANTS["shufflenet_v2_x0_5"], spec=tiny)
-begin(0)
-try:
-    card = fit(TrainConfig(**JOB["options"]), resume=JOB.get("resume", False), report=report)
-    outcome = {"measured": dict(card.measured)}
-except WeightNetError as error:
-    outcome = {"error": type(error).__name__, "message": str(error)}
-Path(JOB["answer"]).write_text(json.dumps(outcome))
+if __name__ == "__main__":
+    main(globals()["JOB"])

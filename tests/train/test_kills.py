@@ -35,7 +35,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
         (tmp_path / "answer.json").unlink(missing_ok=True)
         more = {"options": dataclasses.asdict(config), "network": dataclasses.asdict(TINY)}
         job |= {"answer": str(tmp_path / "answer.json"), **more}
-        process = context.Process(target=runpy.run_path, args=(SCRIPT, {"JOB": job}))
+        process = context.Process(target=runpy.run_path, args=(SCRIPT, {"JOB": job}, "__main__"))
         process.start()
         started.append(process)
         return process

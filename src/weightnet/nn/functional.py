@@ -4,13 +4,16 @@ A WeightNet layer convolves every sample with a kernel of its own,
 
     W[o, block g] = sum_p a[o, g, p] * V[o, g, p]          y = W * x
 
-where `a` are the sample's gates (sigmoid outputs, one set per sample), `V` is a learned bank of kernels, `block g` is the
-g-th of `G` equal parts of the input channels, and p runs over the `r = M / G` kernels that are mixed.
+where `a` are the sample's gates (sigmoid outputs, one set per sample), `V` is a learned bank of kernels, `block g` is
+the g-th of `G` equal parts of the input channels, and p runs over the `r = M / G` kernels that are mixed.
 
 Legend: B batch, C input channels, O output channels, G blocks of input channels, P = r kernels per block, I = C / G
-channels per block (1 for depthwise layers, where G = 1 and O = C), k kernel size, H W height and width.
+channels per block (1 for depthwise layers, where G = 1 and O = C), k kernel size, H W height and width, N pixels,
+K = C * kh * kw numbers of a kernel.
 
-Source: Ma et al., ECCV 2020, section 3 (arXiv 2007.11823); megvii-model/WeightNet, `shufflenet_v2.py`, class `WeightNet`.
+Every form keeps the memory layout of its input (channels first or last). docs/layer.md derives and compares the forms.
+
+Source: Ma et al., ECCV 2020, section 3 (arXiv 2007.11823); megvii-model/WeightNet, class `WeightNet`.
 """
 
 import torch
@@ -21,7 +24,9 @@ from torch import Tensor
 IntPair = int | tuple[int, int]
 
 
-def generate_kernels(a_BOGP: Float[Tensor, "B O G P"], bank_OGPIkk: Float[Tensor, "O G P I kh kw"]) -> Tensor:
+def generate_kernels(
+    a_BOGP: Float[Tensor, "B O G P"], bank_OGPIkk: Float[Tensor, "O G P I kh kw"]
+) -> Float[Tensor, "B O C kh kw"]:
     """Mix the bank of kernels by each sample's gates.
 
     Args:
@@ -54,7 +59,7 @@ def weightnet_conv2d_reference(
     padding: IntPair = 0,
     dilation: IntPair = 1,
     depthwise: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "B O H_out W_out"]:
     """Convolve each sample with its own kernel, as one convolution with groups = batch: the plain form, as published.
 
     Args:
@@ -66,7 +71,7 @@ def weightnet_conv2d_reference(
         dilation: distance of kernel taps in pixels.
         depthwise: True where each channel has its own kernel (O = C, G = 1, I = 1).
 
-    Shape: x (B, C, H, W) gives (B, O, H', W'), H' and W' as `torch.nn.Conv2d` has them.
+    Shape: x (B, C, H, W) gives (B, O, H', W'), H' and W' as `torch.nn.Conv2d` has them; B may be 0.
 
     Returns: the convolved samples.
 
@@ -78,18 +83,12 @@ def weightnet_conv2d_reference(
     Source: megvii-model/WeightNet, `WeightNet.forward`.
     """
     kernels = generate_kernels(a_BOGP, bank_OGPIkk)
-    if len(x_BCHW) == 0:  # groups = 0 is not a convolution; any kernel gives the right empty output
-        return _static_conv(x_BCHW, kernels.sum(0), stride, padding, dilation, depthwise)
-    per_sample = x_BCHW.shape[1] if depthwise else 1
-    y = F.conv2d(
-        x_BCHW.reshape(1, -1, *x_BCHW.shape[2:]),
-        kernels.flatten(0, 1),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=len(x_BCHW) * per_sample,
-    )
-    return y.reshape(len(x_BCHW), -1, *y.shape[2:])
+    batch, groups = len(x_BCHW), x_BCHW.shape[1] if depthwise else 1
+    if batch == 0:  # groups = 0 is not a convolution; any kernel gives the right empty output
+        return _conv(x_BCHW, kernels.sum(0), stride, padding, dilation, groups)
+    samples_1XHW = x_BCHW.reshape(1, -1, *x_BCHW.shape[2:])
+    y_1XHW = _conv(samples_1XHW, kernels.flatten(0, 1), stride, padding, dilation, batch * groups)
+    return _laid_out_like(x_BCHW, y_1XHW.reshape(batch, -1, *y_1XHW.shape[2:]))
 
 
 def weightnet_conv2d_feature(
@@ -101,32 +100,30 @@ def weightnet_conv2d_feature(
     padding: IntPair = 0,
     dilation: IntPair = 1,
     depthwise: bool = False,
-) -> Tensor:
-    """The same layer as one static convolution by the whole bank, whose outputs are scaled by the gates and summed.
+) -> Float[Tensor, "B O H_out W_out"]:
+    """The same layer as static convolutions by the learned kernels, whose outputs are scaled by the gates and summed.
 
     Convolution is linear in its kernel, so the gates move from the kernels to the features. For r = 1 the multiply-adds
-    are those of an ordinary convolution; for larger r they are r times as many. Arguments, shapes and result are those
-    of `weightnet_conv2d_reference`.
+    are those of an ordinary convolution and its gains; for larger r they are r times as many. Arguments, shapes and
+    result are those of `weightnet_conv2d_reference`.
 
     Example:
         >>> x, a, bank = torch.ones(2, 4, 3, 3), torch.ones(2, 6, 2, 1), torch.ones(6, 2, 1, 2, 1, 1)
         >>> weightnet_conv2d_feature(x, a, bank)[0, 0, 0, 0].item()
         4.0
 
-    Source: the identity is ours; see docs/layer.md.
+    Source: the identity is derived in docs/layer.md.
     """
-    out_channels, G, P = bank_OGPIkk.shape[:3]
-    if depthwise:
-        y = F.conv2d(
-            x_BCHW, bank_OGPIkk.flatten(0, 2), stride=stride, padding=padding, dilation=dilation, groups=x_BCHW.shape[1]
-        )
-        if P == 1:
-            return y * a_BOGP
-        return (y.unflatten(1, (out_channels, P)) * a_BOGP[:, :, 0, :, None, None]).sum(2)
-    bank_GOP = bank_OGPIkk.transpose(0, 1).flatten(0, 2)
-    y = F.conv2d(x_BCHW, bank_GOP, stride=stride, padding=padding, dilation=dilation, groups=G)
-    gates_BGOP = a_BOGP.transpose(1, 2).flatten(1)[..., None, None]
-    return (y * gates_BGOP).unflatten(1, (G, out_channels, P)).sum((1, 3))
+    groups = x_BCHW.shape[1] if depthwise else 1
+    blocks = zip(x_BCHW.chunk(bank_OGPIkk.shape[1], 1), a_BOGP.unbind(2), bank_OGPIkk.unbind(1), strict=True)
+    y_BOHW: Tensor | None = None
+    for x_BIHW, a_BOP, bank_OPIkk in blocks:
+        for a_BO, kernel_OIkk in zip(a_BOP.unbind(2), bank_OPIkk.unbind(1), strict=True):
+            features = _conv(x_BIHW, kernel_OIkk, stride, padding, dilation, groups)
+            gains = a_BO[:, :, None, None]
+            y_BOHW = features * gains if y_BOHW is None else torch.addcmul(y_BOHW, features, gains)
+    assert y_BOHW is not None  # G and P are at least 1
+    return y_BOHW
 
 
 def weightnet_conv2d_matmul(
@@ -138,10 +135,9 @@ def weightnet_conv2d_matmul(
     padding: IntPair = 0,
     dilation: IntPair = 1,
     depthwise: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "B O H_out W_out"]:
     """The same layer as a batched matrix product of each sample's kernel with the columns of its input.
 
-    Cheapest where feature maps are larger than kernels: the kernels cost a small product, and the batch needs no groups.
     Arguments, shapes and result are those of `weightnet_conv2d_reference`.
 
     Example:
@@ -149,32 +145,30 @@ def weightnet_conv2d_matmul(
         >>> weightnet_conv2d_matmul(x, a, bank)[0, 0, 0, 0].item()
         4.0
 
-    Source: models of this project, docs/layer.md; convolution as a matrix product is textbook.
+    Source: docs/layer.md; convolution as a matrix product is textbook.
     """
-    kernels = generate_kernels(a_BOGP, bank_OGPIkk)
-    batch, out_channels = kernels.shape[:2]
-    kernel_size = (kernels.shape[3], kernels.shape[4])
-    height, width = conv_output_size(x_BCHW.shape[2:], kernel_size, stride, padding, dilation)
-    if kernel_size == (1, 1) and as_pair(padding) == (0, 0) and not depthwise:
+    kernel_size = (bank_OGPIkk.shape[4], bank_OGPIkk.shape[5])
+    size = conv_output_size(x_BCHW.shape[2:], kernel_size, stride, padding, dilation)
+    batch, out_channels = a_BOGP.shape[:2]
+    if kernel_size == (1, 1) and as_pair(padding) == (0, 0):  # the columns are the pixels themselves
         step_h, step_w = as_pair(stride)
-        x_BCHW = x_BCHW[:, :, ::step_h, ::step_w]
-        kernels_BOC = kernels.flatten(2)
-        if x_BCHW.is_contiguous(memory_format=torch.channels_last):  # rows of pixels: no copy in this layout
-            y_BHWO = x_BCHW.permute(0, 2, 3, 1).flatten(1, 2) @ kernels_BOC.transpose(1, 2)
-            return y_BHWO.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return (kernels_BOC @ x_BCHW.flatten(2)).unflatten(2, (height, width))
-    columns = F.unfold(x_BCHW, kernel_size, dilation=dilation, padding=padding, stride=stride)
-    if depthwise:
-        taps = kernel_size[0] * kernel_size[1]
-        columns = columns.unflatten(1, (out_channels, taps))
-        y = (kernels.reshape(batch, out_channels, 1, taps) @ columns).squeeze(2)
+        columns_BKN = x_BCHW[:, :, ::step_h, ::step_w].flatten(2)
     else:
-        y = kernels.flatten(2) @ columns
-    return y.unflatten(2, (height, width))
+        columns_BKN = F.unfold(x_BCHW, kernel_size, dilation, padding, stride)
+    if depthwise:
+        taps, pixels = kernel_size[0] * kernel_size[1], size[0] * size[1]
+        kernels_BO1T = generate_kernels(a_BOGP, bank_OGPIkk).flatten(2)[:, :, None]
+        y_BON = kernels_BO1T @ columns_BKN.reshape(batch, out_channels, taps, pixels)
+    elif _is_channels_last(x_BCHW):
+        y_BNO = columns_BKN.transpose(1, 2) @ _kernel_columns(a_BOGP, bank_OGPIkk)
+        return y_BNO.reshape(batch, *size, out_channels).permute(0, 3, 1, 2)
+    else:
+        y_BON = _kernel_columns(a_BOGP, bank_OGPIkk).transpose(1, 2) @ columns_BKN
+    return _laid_out_like(x_BCHW, y_BON.reshape(batch, out_channels, *size))
 
 
 def conv_output_size(
-    size: tuple[int, ...] | torch.Size, kernel_size: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair
+    size: tuple[int, ...], kernel_size: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair
 ) -> tuple[int, int]:
     """Return the height and width, in pixels, of a convolution's output.
 
@@ -193,12 +187,24 @@ def conv_output_size(
     return height, width
 
 
+def linear_1x1(
+    x_BC: Float[Tensor, "B C"], weight_OC11: Float[Tensor, "O C 1 1"], bias_O: Float[Tensor, " O"] | None
+) -> Float[Tensor, "B O"]:
+    """Apply a 1x1 convolution's parameters to vectors: the fully connected layer that a convolution of one pixel is.
+
+    Example:
+        >>> linear_1x1(torch.ones(2, 3), torch.ones(4, 3, 1, 1), torch.ones(4))[0, 0].item()
+        4.0
+    """
+    return F.linear(x_BC, weight_OC11.flatten(1), bias_O)
+
+
 def split_shuffled(x_BCHW: Float[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
     """Split channels into the even ones and the odd ones: the channel shuffle of ShuffleNetV2 at a block's entry.
 
     Shape: (B, C, H, W) with even C gives two of (B, C / 2, H, W).
 
-    Returns: the channels that pass through, and those that enter the branch.
+    Returns: the channels that pass through, as a view, and those that enter the branch, as a copy.
 
     Example:
         >>> even, odd = split_shuffled(torch.arange(4.0).reshape(1, 4, 1, 1))
@@ -207,16 +213,41 @@ def split_shuffled(x_BCHW: Float[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
 
     Source: megvii-model/WeightNet, `ShuffleV2Block.channel_shuffle`.
     """
-    return x_BCHW[:, 0::2], x_BCHW[:, 1::2]
-
-
-def _static_conv(
-    x_BCHW: Tensor, kernel: Tensor, stride: IntPair, padding: IntPair, dilation: IntPair, depthwise: bool
-) -> Tensor:
-    groups = x_BCHW.shape[1] if depthwise else 1
-    return F.conv2d(x_BCHW, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    # The branch reads its channels several times, forward and backward: one dense copy instead of many strided reads.
+    return x_BCHW[:, 0::2], x_BCHW[:, 1::2].clone()
 
 
 def as_pair(value: IntPair) -> tuple[int, int]:
     """Return a size given once for both directions as (height, width)."""
     return (value, value) if isinstance(value, int) else value
+
+
+def _kernel_columns(a_BOGP: Tensor, bank_OGPIkk: Tensor) -> Tensor:
+    """Mix the bank as `generate_kernels` does, into (B, K, O).
+
+    With the outputs side by side, the gradients of gates and bank are sums of whole rows.
+    """
+    a_BGPO, bank_GPKO = a_BOGP.permute(0, 2, 3, 1), bank_OGPIkk.flatten(3).permute(1, 2, 3, 0)
+    if a_BGPO.shape[2] == 1:
+        return (a_BGPO * bank_GPKO[:, 0]).flatten(1, 2)
+    return torch.einsum("bgpo,gpko->bgko", a_BGPO, bank_GPKO).flatten(1, 2)
+
+
+def _conv(x_BCHW: Tensor, kernel: Tensor, stride: IntPair, padding: IntPair, dilation: IntPair, groups: int) -> Tensor:
+    is_product = (
+        groups == 1 and kernel.shape[-2:] == (1, 1) and as_pair(stride) == (1, 1) and as_pair(padding) == (0, 0)
+    )
+    if is_product and _is_channels_last(
+        x_BCHW
+    ):  # trains faster than the convolution, on a view of some channels above all
+        return F.linear(x_BCHW.permute(0, 2, 3, 1), kernel.flatten(1)).permute(0, 3, 1, 2)
+    return F.conv2d(x_BCHW, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def _is_channels_last(x_BCHW: Tensor) -> bool:
+    """Say whether a pixel's channels lie together, in a view of some of them too (unlike `is_contiguous`)."""
+    return x_BCHW.stride(1) < x_BCHW.stride(3)
+
+
+def _laid_out_like(x_BCHW: Tensor, y_BOHW: Tensor) -> Tensor:
+    return y_BOHW.contiguous(memory_format=torch.channels_last) if _is_channels_last(x_BCHW) else y_BOHW

@@ -2,7 +2,6 @@
 
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,17 +16,13 @@ FORMS = {
     "matmul": WF.weightnet_conv2d_matmul,
 }
 
-# A kernel of `in_channels` numbers per output against a feature map of H * W numbers per output: above this ratio
-# generating the kernels costs more than scaling the features (measured, benchmarks in docs/layer.md).
-KERNEL_TO_MAP_RATIO = 4
-
 
 class WeightNet2d(nn.Module):
     """A convolution whose kernel is generated, per sample, from a descriptor of the sample.
 
-    The descriptor s (a vector) becomes gates a = sigmoid(wn_fc1(s)), the gates mix a learned bank of kernels (`wn_fc2`).
-    Used alone, the layer makes the descriptor from its own input: mean over the image, then the 1x1 convolution `reduce`.
-    With `shared_descriptor=True` it has no `reduce` and the caller passes one, as the blocks of the networks do.
+    The descriptor s (a vector) becomes gates a = sigmoid(wn_fc1(s)), the gates mix a learned bank of kernels
+    (`wn_fc2`). Used alone, the layer makes the descriptor from its own input: mean over the image, then `reduce`. With
+    `shared_descriptor=True` it has no `reduce` and the caller passes one, as the blocks of the networks do.
 
     Args:
         in_channels: channels of the input.
@@ -49,6 +44,7 @@ class WeightNet2d(nn.Module):
     Raises: UsageError where the arguments do not fit together.
 
     Example:
+        >>> import torch
         >>> layer = WeightNet2d(8, 16, kernel_size=3, padding=1)
         >>> layer(torch.zeros(2, 8, 10, 10)).shape
         torch.Size([2, 16, 10, 10])
@@ -73,12 +69,11 @@ class WeightNet2d(nn.Module):
         form: Form = "auto",
     ) -> None:
         super().__init__()
-        if squeeze_channels is None:
-            squeeze_channels = squeeze_width(in_channels)
-        _check_sizes(
-            in_channels=in_channels, out_channels=out_channels, M=M, G=G, squeeze_channels=squeeze_channels
-        )
-        _check_pairs(kernel_size=kernel_size, stride=stride, dilation=dilation)
+        _check_counts(in_channels=in_channels, out_channels=out_channels, M=M, G=G)
+        squeeze_channels = squeeze_width(in_channels) if squeeze_channels is None else squeeze_channels
+        _check_counts(squeeze_channels=squeeze_channels)
+        _check_pairs(1, kernel_size=kernel_size, stride=stride, dilation=dilation)
+        _check_pairs(0, padding=padding)
         _check_groups(in_channels, out_channels, M, G, depthwise)
         check_form(form)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -103,24 +98,20 @@ class WeightNet2d(nn.Module):
 
         Source: megvii-model/WeightNet, `ShuffleNetV2._initialize_weights`.
         """
-        for linear in filter(None, [self.reduce, self.wn_fc1]):
-            nn.init.normal_(linear.weight, 0, 1 / linear.in_channels)
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]  # both have a bias
-        nn.init.normal_(self.wn_fc2.weight, 0, self.wn_fc2.groups / self.wn_fc2.out_channels)
+        bank_std = self.wn_fc2.groups / self.wn_fc2.out_channels
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, 0, bank_std if name == "wn_fc2.weight" else 1 / parameter.shape[1])
 
     def forward(
-        self, x_BCHW: Float[Tensor, "B C H W"], descriptor_BS11: Float[Tensor, "B S 1 1"] | None = None
-    ) -> Tensor:
-        """Convolve each sample with its own kernel; `descriptor_BS11` is the block's descriptor where it is shared."""
-        if (descriptor_BS11 is None) == (self.reduce is None):
-            raise UsageError(
-                "The descriptor must be passed to a WeightNet2d exactly when shared_descriptor is True. "
-                f"Got descriptor={'None' if descriptor_BS11 is None else 'a tensor'} and "
-                f"shared_descriptor={self.reduce is None}. Pass one, or build the layer with the other setting."
-            )
-        if self.reduce is not None:
-            descriptor_BS11 = self.reduce(x_BCHW.mean((2, 3), keepdim=True))
-        gates = self.wn_fc1(descriptor_BS11).sigmoid()
+        self, x_BCHW: Float[Tensor, "B C H W"], descriptor_BS: Float[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B O H_out W_out"]:
+        """Convolve each sample with its own kernel; `descriptor_BS` is the block's descriptor where it is shared."""
+        self._check_input(x_BCHW)
+        descriptor_BS = self._descriptor(x_BCHW, descriptor_BS)
+        gates = WF.linear_1x1(descriptor_BS, self.wn_fc1.weight, self.wn_fc1.bias).sigmoid()
         form = self.form if self.form != "auto" else self.cheapest_form(x_BCHW.shape[2:])
         return FORMS[form](
             x_BCHW,
@@ -132,29 +123,67 @@ class WeightNet2d(nn.Module):
             depthwise=self.depthwise,
         )
 
-    def bank(self) -> Tensor:
+    def bank(self) -> Float[Tensor, "O G P I kh kw"]:
         """Return the learned kernels.
 
         Shape: (out_channels, blocks, r, in_channels per block, kernel height, kernel width), r = M / G.
         """
-        flat = self.wn_fc2.weight.reshape(self.out_channels, self.blocks, -1, self.kernels_per_block)
-        return flat.transpose(2, 3).unflatten(3, (-1, *self.kernel_size))
+        in_channels = 1 if self.depthwise else self.in_channels // self.blocks
+        shape_OGIkkP = (self.out_channels, self.blocks, in_channels, *self.kernel_size, self.kernels_per_block)
+        return self.wn_fc2.weight.reshape(shape_OGIkkP).movedim(5, 2)
 
     def cheapest_form(self, size: torch.Size | tuple[int, ...]) -> Form:
-        """Return the form that takes least time for inputs of this height and width, in pixels."""
+        """Return the form that trains fastest for inputs of this height and width, in pixels.
+
+        Per output channel, making the kernels handles as many numbers as a kernel has, and the gains of the feature
+        form M numbers for each pixel; the smaller of the two is the faster. A larger kernel costs the matmul form a
+        copy of its input for each tap, and more than one kernel per block costs the feature form the whole convolution
+        each time. docs/layer.md has the measurements.
+        """
         if self.depthwise:
             return "feature" if self.kernels_per_block == 1 else "reference"
         height, width = WF.conv_output_size(size, self.kernel_size, self.stride, self.padding, self.dilation)
-        if self.kernels_per_block == 1 and self.in_channels > KERNEL_TO_MAP_RATIO * height * width:
-            return "feature"
-        return "matmul"
+        kernel_height, kernel_width = self.kernel_size
+        gains_are_fewer = self.in_channels * kernel_height * kernel_width > self.M * height * width
+        if self.kernel_size == (1, 1):
+            return "feature" if gains_are_fewer else "matmul"
+        return "feature" if gains_are_fewer and self.kernels_per_block == 1 else "reference"
 
     def extra_repr(self) -> str:
         kind = ", depthwise" if self.depthwise else ""
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}{kind}, "
-            f"M={self.M}, G={self.G}, form={self.form}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}{kind}, M={self.M}, G={self.G}, form={self.form!r}"
         )
+
+    def _descriptor(self, x_BCHW: Tensor, descriptor_BS: Tensor | None) -> Tensor:
+        if self.reduce is not None and descriptor_BS is None:
+            return WF.linear_1x1(x_BCHW.mean((2, 3)), self.reduce.weight, self.reduce.bias)
+        if self.reduce is not None or descriptor_BS is None:
+            raise UsageError(
+                "The descriptor must be passed to a WeightNet2d exactly when shared_descriptor is True. "
+                f"Got descriptor={'None' if descriptor_BS is None else 'a tensor'}, "
+                f"shared_descriptor={self.reduce is None}. Pass one, or build the layer with the other setting."
+            )
+        if descriptor_BS.shape != (x_BCHW.shape[0], self.wn_fc1.in_channels):
+            raise UsageError(
+                f"The descriptor must have the shape ({x_BCHW.shape[0]}, {self.wn_fc1.in_channels}): one vector of "
+                f"squeeze_channels numbers for each sample. Got shape={tuple(descriptor_BS.shape)}. Reshape it."
+            )
+        return descriptor_BS
+
+    def _check_input(self, x_BCHW: Tensor) -> None:
+        shape = tuple(x_BCHW.shape)
+        if len(shape) != 4 or shape[1] != self.in_channels:
+            raise UsageError(
+                f"The input must be a batch of shape (B, {self.in_channels}, H, W). Got shape={shape}. Reshape it."
+            )
+        if min(WF.conv_output_size(shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)) < 1:
+            raise UsageError(
+                "The input must be at least as large as the kernel. "
+                f"Got shape={shape}, kernel_size={self.kernel_size}, padding={self.padding}, "
+                f"dilation={self.dilation}. Add padding or take larger images."
+            )
 
 
 def squeeze_width(in_channels: int) -> int:
@@ -180,7 +209,7 @@ def set_form(network: nn.Module, form: Form) -> None:
 
     Example:
         >>> layer = WeightNet2d(4, 4, 1)
-        >>> set_form(torch.nn.Sequential(layer), "reference")
+        >>> set_form(nn.Sequential(layer), "reference")
         >>> layer.form
         'reference'
     """
@@ -195,18 +224,24 @@ def check_form(form: str) -> None:
         raise UsageError(f"form must be one of {', '.join(get_args(Form))}. Got form={form!r}. Choose one of them.")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not _is_number(value, 1):
             raise UsageError(f"{name} must be a whole number of at least 1. Got {name}={value!r}. Choose another.")
 
 
-def _check_pairs(**pairs: WF.IntPair) -> None:
+def _check_pairs(least: int, **pairs: WF.IntPair) -> None:
     for name, value in pairs.items():
-        if not (isinstance(value, int) or (isinstance(value, tuple) and len(value) == 2)) or min(WF.as_pair(value)) < 1:
+        numbers = value if isinstance(value, tuple) and len(value) == 2 else [value]
+        if not all(_is_number(number, least) for number in numbers):
             raise UsageError(
-                f"{name} must be one whole number of at least 1, or two of them. Got {name}={value!r}. Choose another."
+                f"{name} must be one whole number of at least {least}, or a tuple of two of them. "
+                f"Got {name}={value!r}. Choose another."
             )
+
+
+def _is_number(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_groups(in_channels: int, out_channels: int, M: int, G: int, depthwise: bool) -> None:

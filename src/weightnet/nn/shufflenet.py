@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.functional import split_shuffled
+from weightnet.nn import functional as WF
 from weightnet.nn.layers import WeightNet2d, squeeze_width
 from weightnet.nn.variants import NetworkSpec
 
@@ -23,7 +23,7 @@ MIN_SIZE_PX = 32
 
 
 class PlainBlock(nn.Module):
-    """A block of ShuffleNetV2 with ordinary convolutions; stride 2 halves the image and has a second, projecting branch.
+    """A block of ShuffleNetV2 with ordinary convolutions; stride 2 halves the image and adds a projecting branch.
 
     Shape: (B, in_channels, H, W) gives (B, out_channels, H / stride, W / stride), rounded up.
     """
@@ -45,7 +45,7 @@ class PlainBlock(nn.Module):
             self.bn_proj_2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
-        passed, x = split_shuffled(x) if self.stride == 1 else (x, x)
+        passed, x = WF.split_shuffled(x) if self.stride == 1 else (x, x)
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
         branch = F.relu(self.bn3(self.conv3(branch)))
@@ -81,8 +81,8 @@ class WeightNetBlock(nn.Module):
             self.bn_proj_2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
-        passed, x = split_shuffled(x) if self.stride == 1 else (x, x)
-        descriptor = self.reduce(x.mean((2, 3), keepdim=True))
+        passed, x = WF.split_shuffled(x) if self.stride == 1 else (x, x)
+        descriptor = WF.linear_1x1(x.mean((2, 3)), self.reduce.weight, self.reduce.bias)
         branch = F.relu(self.bn1(self.wnet1(x, descriptor)))
         branch = self.bn2(self.wnet2(branch, descriptor))
         branch = F.relu(self.bn3(self.wnet3(branch, descriptor)))
@@ -158,7 +158,8 @@ class ShuffleNetV2(nn.Module):
                 module.reset_running_stats()
                 nn.init.ones_(module.weight)
                 nn.init.constant_(module.bias, 1e-4)
-        _reset_linear(self.classifier[0])
+            elif isinstance(module, nn.Linear):
+                _reset_linear(module)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         """Return logits (B, num_classes)."""
@@ -171,7 +172,7 @@ class ShuffleNetV2(nn.Module):
     def forward_head(self, x: Float[Tensor, "B F h w"], *, pre_logits: bool = False) -> Tensor:
         """Return logits (B, num_classes) of a last feature map, or its pooled features (B, num_features)."""
         pooled = x.mean((2, 3))
-        return pooled if pre_logits else self.classifier(self.dropout(pooled))  # type: ignore[no-any-return]
+        return pooled if pre_logits else self.classifier(self.dropout(pooled))
 
     def stage_features(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
         """Return the feature map at the end of each of the three stages (strides 8, 16 and 32), as detectors want them.

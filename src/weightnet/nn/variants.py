@@ -13,8 +13,8 @@ from weightnet.errors import UsageError
 class NetworkSpec:
     """Everything that shapes a network: what `ShuffleNetV2` is built from and what a model card stores.
 
-    `M` and `G` are the paper's: `M` gates per output channel describe a sample's kernel, and the layer that generates it
-    works in `G` blocks of input channels, each a mix of M / G kernels. M = G = 0 is the plain network.
+    `M` and `G` are the paper's: `M` gates per output channel describe a sample's kernel, and the layer that generates
+    it works in `G` blocks of input channels, each a mix of M / G kernels. M = G = 0 is the plain network.
 
     Args:
         stage_channels: output channels of the three stages, even numbers.
@@ -84,21 +84,39 @@ class NetworkSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """A row of the published tables: the network, its exact totals, and what the page prints for it.
+class Totals:
+    """Exact counts for one 224 x 224 photo; `weightnet.nn.complexity` states the conventions and recounts them.
 
-    `params` counts every trainable number; `macs` counts multiply-adds of convolutions and fully connected layers, the
-    generating ones included, for one 224 x 224 photo; `page_params` and `page_flops` are those totals by the page's
-    conventions (`weightnet.nn.complexity`); the `printed_*` strings are the page's own, the error in percent.
+    Args:
+        params: every trainable number.
+        macs: multiply-adds of convolutions and fully connected layers, the generating ones included.
+        page_params: what the page's "#Params." counts.
+        page_flops: what the page's "FLOPs" counts.
     """
+
+    params: int
+    macs: int
+    page_params: int
+    page_flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Printed:
+    """What the page prints, word for word; the error is in percent on ImageNet's validation photos."""
+
+    params: str
+    flops: str
+    top1_error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of the published tables: its title there, the network, the exact totals, and what the page prints."""
 
     title: str
     spec: NetworkSpec
-    params: int
-    macs: int
-    printed_params: str
-    printed_flops: str
-    printed_top1_error: str
+    totals: Totals
+    printed: Printed
 
 
 def _check_count(name: str, value: object) -> None:
@@ -110,17 +128,17 @@ X05, X10, X15, X20 = (48, 96, 192), (112, 224, 448), (176, 352, 704), (248, 496,
 
 # fmt: off
 VARIANTS: dict[str, Variant] = {
-    "shufflenet_v2_x0_5.plain": Variant("ShuffleNetV2 (0.5×)", NetworkSpec(X05), 1366792, 0, "1.4M", "41M", "39.7"),
-    "shufflenet_v2_x1_0.plain": Variant("ShuffleNetV2 (1.0×)", NetworkSpec(X10), 2211976, 0, "2.2M", "138M", "30.9"),
-    "shufflenet_v2_x1_5.plain": Variant("ShuffleNetV2 (1.5×)", NetworkSpec(X15), 3507720, 0, "3.5M", "299M", "27.4"),
-    "shufflenet_v2_x2_0.plain": Variant("ShuffleNetV2 (2.0×)", NetworkSpec(X20, dropout=0.2), 5503992, 0, "5.5M", "557M", "25.5"),
-    "shufflenet_v2_x0_5": Variant("+ WeightNet (1×)", NetworkSpec(X05, M=2, G=2), 1463928, 0, "1.5M", "41M", "36.7"),
-    "shufflenet_v2_x1_0": Variant("+ WeightNet (1×)", NetworkSpec(X10, M=2, G=2), 2435832, 0, "2.4M", "139M", "28.8"),
-    "shufflenet_v2_x1_5": Variant("+ WeightNet (1×)", NetworkSpec(X15, M=2, G=2), 3915344, 0, "3.9M", "301M", "25.6"),
-    "shufflenet_v2_x2_0": Variant("+ WeightNet (1×)", NetworkSpec(X20, M=2, G=2, dropout=0.2), 6198068, 0, "6.1M", "562M", "24.1"),
-    "shufflenet_v2_x0_5.wn8x": Variant("+ WeightNet (8×)", NetworkSpec(X05, M=8, G=1), 2736216, 0, "2.7M", "42M", "34.0"),
-    "shufflenet_v2_x1_0.wn4x": Variant("+ WeightNet (4×)", NetworkSpec(X10, M=8, G=2), 5143896, 0, "5.1M", "141M", "27.6"),
-    "shufflenet_v2_x1_5.wn4x": Variant("+ WeightNet (4×)", NetworkSpec(X15, M=4, G=1), 9624336, 0, "9.6M", "307M", "25.0"),
-    "shufflenet_v2_x2_0.wn4x": Variant("+ WeightNet (4×)", NetworkSpec(X20, M=8, G=2, dropout=0.2), 18268604, 0, "18.1M", "573M", "23.5"),
+    "shufflenet_v2_x0_5.plain": Variant("ShuffleNetV2 (0.5×)", NetworkSpec(X05),                        Totals(1366792, 40476448, 1358840, 40526624),     Printed("1.4M", "41M", "39.7")),
+    "shufflenet_v2_x1_0.plain": Variant("ShuffleNetV2 (1.0×)", NetworkSpec(X10),                        Totals(2211976, 137610912, 2196280, 137661088),   Printed("2.2M", "138M", "30.9")),
+    "shufflenet_v2_x1_5.plain": Variant("ShuffleNetV2 (1.5×)", NetworkSpec(X15),                        Totals(3507720, 298970656, 3484280, 299020832),   Printed("3.5M", "299M", "27.4")),
+    "shufflenet_v2_x2_0.plain": Variant("ShuffleNetV2 (2.0×)", NetworkSpec(X20, dropout=0.2),           Totals(5503992, 557269648, 5471840, 557319824),   Printed("5.5M", "557M", "25.5")),
+    "shufflenet_v2_x0_5":       Variant("+ WeightNet (1×)",    NetworkSpec(X05, M=2, G=2),              Totals(1463928, 40704040, 1450896, 40754216),     Printed("1.5M", "41M", "36.7")),
+    "shufflenet_v2_x1_0":       Variant("+ WeightNet (1×)",    NetworkSpec(X10, M=2, G=2),              Totals(2435832, 138534120, 2408656, 138584296),   Printed("2.4M", "139M", "28.8")),
+    "shufflenet_v2_x1_5":       Variant("+ WeightNet (1×)",    NetworkSpec(X15, M=2, G=2),              Totals(3915344, 301097064, 3874000, 301147240),   Printed("3.9M", "301M", "25.6")),
+    "shufflenet_v2_x2_0":       Variant("+ WeightNet (1×)",    NetworkSpec(X20, M=2, G=2, dropout=0.2), Totals(6198068, 561367920, 6140776, 561418096),   Printed("6.1M", "562M", "24.1")),
+    "shufflenet_v2_x0_5.wn8x":  Variant("+ WeightNet (8×)",    NetworkSpec(X05, M=8, G=1),              Totals(2736216, 41957728, 2704584, 42007904),     Printed("2.7M", "42M", "34.0")),
+    "shufflenet_v2_x1_0.wn4x":  Variant("+ WeightNet (4×)",    NetworkSpec(X10, M=8, G=2),              Totals(5143896, 141208512, 5083048, 141258688),   Printed("5.1M", "141M", "27.6")),
+    "shufflenet_v2_x1_5.wn4x":  Variant("+ WeightNet (4×)",    NetworkSpec(X15, M=4, G=1),              Totals(9624336, 306780992, 9557928, 306831168),   Printed("9.6M", "307M", "25.0")),
+    "shufflenet_v2_x2_0.wn4x":  Variant("+ WeightNet (4×)",    NetworkSpec(X20, M=8, G=2, dropout=0.2), Totals(18268604, 573363984, 18136840, 573414160), Printed("18.1M", "573M", "23.5")),
 }
 # fmt: on

@@ -1,0 +1,213 @@
+"""From a trained network to its deploy form, exactly.
+
+* Batch norms become factors of the kernels and biases.
+* A generated kernel's gates move to the features (r = 1) or into a batched matrix product (larger r): no convolution is
+  left whose weight is computed.
+* A depthwise layer's gain is positive, so it passes through the ReLU before it and joins the gains of the pointwise
+  layer there.
+* The channel shuffle becomes the order of the static weights' channels (`weightnet.nn.routes`).
+
+Legend: as in `weightnet.nn.functional`.
+
+Source: the identities are derived in docs/static.md.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weightnet.errors import UsageError
+from weightnet.nn.folded_layers import fold_conv, fold_depthwise, fold_pointwise, gate_rows, linear
+from weightnet.nn.routes import Slice, channel_runs, join_slices, plan_routes
+from weightnet.nn.shufflenet import PlainBlock, ShuffleNetV2, WeightNetBlock
+
+FoldForm = Literal["auto", "feature", "matmul"]
+
+
+class FoldedPlainBlock(nn.Module):
+    """A plain block without batch norms; it takes one tensor and returns its producers' outputs."""
+
+    def __init__(self, block: PlainBlock, channels: list[list[int]], emitted: list[list[int]]) -> None:
+        super().__init__()
+        inputs = list(chain(*channels))
+        *projected, branch = emitted
+        self.conv1 = fold_conv(block.conv1, block.bn1, inputs=inputs)
+        self.conv2 = fold_conv(block.conv2, block.bn2)
+        self.conv3 = fold_conv(block.conv3, block.bn3, outputs=branch)
+        self.projection = nn.Sequential()
+        for rows in projected:
+            self.projection.append(fold_conv(block.conv_proj_1, block.bn_proj_1, outputs=inputs))
+            self.projection.append(fold_conv(block.conv_proj_2, block.bn_proj_2, inputs=inputs, outputs=rows))
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        (x,) = xs
+        y = F.relu(self.conv3(self.conv2(F.relu(self.conv1(x)))))
+        return [F.relu(self.projection(x)), y] if self.projection else [y]
+
+
+class FoldedWeightNetBlock(nn.Module):
+    """A WeightNet block as static convolutions and gains; it returns its producers' outputs.
+
+    The gates of all its layers come from one product. For r = 1 the gain of the depthwise layer is applied together
+    with those of the pointwise layer before it: it is positive, so relu(u) * a = relu(u * a), and a factor per channel
+    passes a depthwise convolution.
+    """
+
+    def __init__(
+        self, block: WeightNetBlock, channels: list[list[int]], emitted: list[list[int]], *, matmul: bool
+    ) -> None:
+        super().__init__()
+        inputs = list(chain(*channels))
+        *projected, branch = emitted
+        self.groups, self.matmul = len(channels), matmul
+        self.early_gain = block.wnet2.kernels_per_block == 1
+        self.reduce = linear(block.reduce.weight.flatten(1)[:, inputs], block.reduce.bias)
+        middle = channel_runs(block.wnet3.in_channels, self.groups)
+        self.conv1, self.bias1 = fold_pointwise(block.wnet1, block.bn1, channels, matmul=matmul)
+        self.conv2 = fold_depthwise(block.wnet2, block.bn2, static=self.early_gain)
+        self.conv3, self.bias3 = fold_pointwise(block.wnet3, block.bn3, middle, outputs=branch, matmul=matmul)
+        rows = [*gate_rows(block.wnet1), *gate_rows(block.wnet2), *gate_rows(block.wnet3, branch)]
+        self.depthwise = nn.ModuleList()
+        for order in projected:
+            for tensor in [inputs] if matmul else channels:
+                self.depthwise.append(fold_depthwise(block.wnet_proj_1, block.bn_proj_1, tensor))
+                rows += gate_rows(block.wnet_proj_1, tensor)
+            self.pointwise, self.bias_proj = fold_pointwise(
+                block.wnet_proj_2, block.bn_proj_2, channels, outputs=order, matmul=matmul
+            )
+            rows += gate_rows(block.wnet_proj_2, order)
+        self.gates = linear(torch.cat([weight for weight, _ in rows]), torch.cat([bias for _, bias in rows]))
+        self.sizes = [len(bias) for _, bias in rows]
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        pooled = torch.cat([x.mean((2, 3)) for x in xs], 1)
+        gates = iter(self.gates(self.reduce(pooled)).sigmoid().split(self.sizes, 1))
+        first, depthwise, third = _take(gates, self.groups), next(gates), _take(gates, self.groups)
+        bias = self.bias1
+        if self.early_gain:
+            first, bias = [gate * depthwise for gate in first], bias * depthwise
+        y = F.relu(self.conv1(xs, first, bias))
+        y = self.conv2(y) if self.early_gain else self.conv2(y, depthwise)
+        y = F.relu(self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3))
+        if not self.depthwise:
+            return [y]
+        xs = [conv(x, next(gates)) for conv, x in zip(self.depthwise, xs, strict=True)]
+        return [F.relu(self.pointwise(xs, list(gates), self.bias_proj)), y]
+
+
+class FoldedStage(nn.Module):
+    """The blocks of a stage and the routes of their channels; it takes and returns a list of tensors."""
+
+    def __init__(self, blocks: list[nn.Module], slices: list[list[list[Slice]]]) -> None:
+        super().__init__()
+        self.blocks, self.slices = nn.ModuleList(blocks), slices
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        emitted: list[Tensor] = []
+        for block, uses in zip(self.blocks, self.slices, strict=True):
+            emitted += block(xs)
+            xs = _gather(emitted, uses)
+        return xs
+
+
+class FoldedShuffleNetV2(nn.Module):
+    """The deploy form of a `ShuffleNetV2`, made by `fold`: the same numbers by static convolutions and gains.
+
+    Shape: as the network it was made of.
+    """
+
+    def __init__(self, network: ShuffleNetV2, *, matmul: bool) -> None:
+        super().__init__()
+        self.spec, self.card, self.num_features = network.spec, network.card, network.num_features
+        stem, last, head = cast(Any, (network.first_conv, network.conv_last, network.classifier))
+        self.first_conv = fold_conv(stem[0], stem[1])
+        groups = max(1, self.spec.G)
+        channels = channel_runs(self.spec.stem_channels, groups)
+        self.slices = join_slices([[Slice(0, run[0], run[-1] + 1)] for run in channels], matmul=matmul)
+        self.stages = nn.Sequential()
+        blocks = cast(list[PlainBlock | WeightNetBlock], list(network.features))
+        for repeats in self.spec.stage_repeats:
+            stage, blocks = blocks[:repeats], blocks[repeats:]
+            ends = [groups] * (repeats - 1) + [groups if blocks else 1]
+            folded, channels = _fold_stage(stage, channels, ends, matmul=matmul)
+            self.stages.append(folded)
+        self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*channels)))
+        self.classifier = linear(head[0].weight, head[0].bias)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
+        """Return logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Tensor:
+        """Return the last feature map (B, num_features, H / 32, W / 32), rounded up."""
+        x = F.max_pool2d(F.relu(self.first_conv(x)), 3, 2, 1)
+        (x,) = self.stages(_gather([x], self.slices))
+        return F.relu(self.conv_last(x))
+
+    def forward_head(self, x: Float[Tensor, "B F h w"], *, pre_logits: bool = False) -> Tensor:
+        """Return logits (B, num_classes) of a last feature map, or its pooled features (B, num_features)."""
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.classifier(pooled)
+
+
+@torch.no_grad()
+def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto") -> FoldedShuffleNetV2:
+    """Return the deploy form of a trained network: equal numbers, static weights, no batch norm, no shuffle.
+
+    The result is for inference: batch norms stand still. The network is not changed.
+
+    Args:
+        network: a trained network; one that is folded already is returned as it is.
+        form: how generated pointwise layers are computed: "feature" as static convolutions and gains, "matmul" as a
+            batched matrix product by mixed kernels; "auto" takes the first for r = 1 and the second for larger r, where
+            static convolutions would be r times the work. Plain networks have only one form.
+
+    Raises: UsageError for another form.
+
+    Example:
+        >>> from weightnet.nn.variants import VARIANTS
+        >>> network = ShuffleNetV2(VARIANTS["shufflenet_v2_x0_5"].spec).eval()
+        >>> x = torch.rand(1, 3, 64, 64)
+        >>> torch.allclose(fold(network)(x), network(x), atol=1e-4)
+        True
+
+    Source: docs/static.md.
+    """
+    if form not in get_args(FoldForm):
+        raise UsageError(f"form must be one of {', '.join(get_args(FoldForm))}. Got form={form!r}. Choose one of them.")
+    if isinstance(network, FoldedShuffleNetV2):
+        return network
+    spec = network.spec
+    matmul = spec.M > 0 and (form == "matmul" or (form == "auto" and spec.M > spec.G))
+    weight = next(network.parameters())
+    return FoldedShuffleNetV2(network, matmul=matmul).to(weight.device, weight.dtype).eval()
+
+
+def _fold_stage(
+    blocks: list[PlainBlock | WeightNetBlock], channels: list[list[int]], groups: list[int], *, matmul: bool
+) -> tuple[FoldedStage, list[list[int]]]:
+    """Return a folded stage, and the channels that its outputs bring to whatever comes next."""
+    routes = plan_routes((blocks[0].bn_proj_2.num_features, blocks[0].bn3.num_features), groups)
+    folded: list[nn.Module] = []
+    for index, block in enumerate(blocks):
+        emitted = routes.emitted[:2] if index == 0 else [routes.emitted[index + 1]]
+        if isinstance(block, PlainBlock):
+            folded.append(FoldedPlainBlock(block, channels, emitted))
+        else:
+            folded.append(FoldedWeightNetBlock(block, channels, emitted, matmul=matmul))
+        channels = routes.uses[index].channels
+    return FoldedStage(folded, [join_slices(use.slices, matmul=matmul) for use in routes.uses]), channels
+
+
+def _gather(emitted: list[Tensor], uses: list[list[Slice]]) -> list[Tensor]:
+    pieces = [[emitted[producer][:, start:stop] for producer, start, stop in use] for use in uses]
+    return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in pieces]
+
+
+def _take(items: Iterator[Tensor], count: int) -> list[Tensor]:
+    return [next(items) for _ in range(count)]

@@ -1,0 +1,177 @@
+"""Single layers of the deploy form, and how each is made of a trained layer and its batch norm.
+
+Legend: as in `weightnet.nn.functional`. Lists of tensors run over the G blocks of input channels. What is folded is
+computed in double precision; `fold` converts the whole network at the end.
+
+Source: the identities are derived in docs/static.md.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weightnet.nn.functional import as_pair
+from weightnet.nn.layers import WeightNet2d
+
+
+class FoldedConv(nn.Module):
+    """A static convolution, padded to keep the size at stride 1.
+
+    Shape: as `torch.nn.Conv2d`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.stride, self.padding, self.groups = stride, weight.shape[2] // 2, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+class GainPointwise(nn.Module):
+    """A generated 1x1 layer as static convolutions, one for each block of inputs, scaled by gains and summed.
+
+    Shape: G inputs (B, I, H, W), G gains (B, O * P) and a bias (1, O) or (B, O) give (B, O, H, W).
+    """
+
+    def __init__(self, banks: list[Tensor]) -> None:
+        super().__init__()
+        self.mixed = banks[0].shape[1]
+        self.convs = nn.ModuleList(FoldedConv(bank_OPI.flatten(0, 1)[..., None, None], None) for bank_OPI in banks)
+
+    def forward(self, xs: list[Tensor], gains: Sequence[Tensor], bias: Tensor) -> Tensor:
+        y = _per_channel(bias)
+        for x, conv, gain in zip(xs, self.convs, gains, strict=True):
+            y = y + _mix(conv(x) * _per_channel(gain), self.mixed)
+        return y
+
+
+class MatmulPointwise(nn.Module):
+    """A generated 1x1 layer as a batched matrix product by kernels mixed from the bank.
+
+    Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) or (B, O) give (B, O, H, W).
+    """
+
+    def __init__(self, banks: list[Tensor]) -> None:
+        super().__init__()
+        self.banks = nn.ParameterList(bank_OPI.contiguous() for bank_OPI in banks)
+
+    def forward(self, xs: list[Tensor], gates: Sequence[Tensor], bias: Tensor) -> Tensor:
+        (x,) = xs
+        kernels = []
+        for bank_OPI, gate in zip(self.banks, gates, strict=True):
+            outputs, mixed, _ = bank_OPI.shape
+            if mixed == 1:
+                kernels.append(gate[:, :, None] * bank_OPI[:, 0])
+            else:
+                kernels.append(torch.einsum("bop,opi->boi", gate.reshape(-1, outputs, mixed), bank_OPI))
+        y = torch.cat(kernels, 2) @ x.flatten(2) + bias[..., None]
+        return y.reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+
+
+class GainDepthwise(nn.Module):
+    """A generated depthwise layer as a static one of r outputs per channel, scaled by gains and summed.
+
+    Shape: (B, C, H, W) and gains (B, C * P) give (B, C, H / stride, W / stride).
+    """
+
+    def __init__(self, bank_CPkk: Tensor, bias: Tensor, *, stride: int) -> None:
+        super().__init__()
+        self.mixed = bank_CPkk.shape[1]
+        self.conv = FoldedConv(bank_CPkk.flatten(0, 1)[:, None], None, stride=stride, groups=len(bank_CPkk))
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor, gains: Tensor) -> Tensor:
+        return _mix(self.conv(x) * _per_channel(gains), self.mixed) + _per_channel(self.bias[None])
+
+
+def fold_conv(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, *, inputs: list[int] | None = None, outputs: list[int] | None = None
+) -> FoldedConv:
+    scale, shift = _affine(norm)
+    weight, bias = _scaled(conv.weight, scale), shift
+    if conv.bias is not None:
+        bias = shift + scale * conv.bias
+    if inputs is not None:
+        weight = weight[:, inputs]
+    if outputs is not None:
+        weight, bias = weight[outputs], bias[outputs]
+    groups = 1 if conv.groups == 1 else len(weight)
+    return FoldedConv(weight, bias, stride=conv.stride[0], groups=groups)
+
+
+def fold_pointwise(
+    layer: WeightNet2d,
+    norm: nn.BatchNorm2d,
+    channels: list[list[int]],
+    *,
+    matmul: bool,
+    outputs: list[int] | None = None,
+) -> tuple[nn.Module, nn.Parameter]:
+    """Return a generated 1x1 layer and its bias; `channels` are its input channels, for each block of inputs."""
+    scale, shift = _affine(norm)
+    bank_OGPI = _scaled(layer.bank(), scale).flatten(3)
+    if outputs is not None:
+        bank_OGPI, shift = bank_OGPI[outputs], shift[outputs]
+    banks = []
+    for group, indices in enumerate(channels):
+        start = group * bank_OGPI.shape[3]
+        banks.append(bank_OGPI[:, group][:, :, [index - start for index in indices]])
+    return MatmulPointwise(banks) if matmul else GainPointwise(banks), nn.Parameter(shift[None])
+
+
+def fold_depthwise(
+    layer: WeightNet2d, norm: nn.BatchNorm2d, channels: list[int] | None = None, *, static: bool = False
+) -> FoldedConv | GainDepthwise:
+    """Return a generated depthwise layer; a static one where its gain is applied before it."""
+    scale, shift = _affine(norm)
+    bank_CPkk = _scaled(layer.bank(), scale)[:, 0, :, 0]
+    if channels is not None:
+        bank_CPkk, shift = bank_CPkk[channels], shift[channels]
+    stride = as_pair(layer.stride)[0]
+    if static:
+        return FoldedConv(bank_CPkk, shift, stride=stride, groups=len(bank_CPkk))
+    return GainDepthwise(bank_CPkk, shift, stride=stride)
+
+
+def gate_rows(layer: WeightNet2d, outputs: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of `wn_fc1` that make the gates of each block of inputs, as weight and bias."""
+    shape = (layer.out_channels, layer.blocks, layer.kernels_per_block)
+    weight_OGPS = layer.wn_fc1.weight.reshape(*shape, -1)
+    bias_OGP = cast(Tensor, layer.wn_fc1.bias).reshape(shape)
+    if outputs is not None:
+        weight_OGPS, bias_OGP = weight_OGPS[outputs], bias_OGP[outputs]
+    return [(weight_OGPS[:, group].flatten(0, 1), bias_OGP[:, group].flatten()) for group in range(layer.blocks)]
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift of a batch norm that stands still, in double precision."""
+    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+    scale = norm.weight.double() / (variance + norm.eps).sqrt()
+    return scale, norm.bias.double() - scale * mean
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a fully connected layer of these parameters; they are copied."""
+    assert bias is not None  # all layers that are folded have one
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+    return linear
+
+
+def _mix(y: Tensor, mixed: int) -> Tensor:
+    """Sum each `mixed` neighbouring channels."""
+    return y if mixed == 1 else y.reshape(y.shape[0], -1, mixed, y.shape[2], y.shape[3]).sum(2)
+
+
+def _per_channel(values_BC: Tensor) -> Tensor:
+    return values_BC[:, :, None, None]

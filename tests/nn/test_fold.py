@@ -1,0 +1,170 @@
+"""The deploy form gives the network's numbers, by static weights alone."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from weightnet.errors import UsageError
+from weightnet.nn.fold import fold
+from weightnet.nn.folded_layers import FoldedConv, GainPointwise, MatmulPointwise
+from weightnet.nn.routes import plan_routes
+from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.variants import VARIANTS, NetworkSpec
+
+SMALL = {
+    "plain": NetworkSpec((16, 32, 64), stage_repeats=(2, 3, 2), stem_channels=8, head_channels=32, num_classes=10),
+    "r1": NetworkSpec((16, 32, 64), 2, 2, 0.0, (2, 3, 2), 8, 32, 10),
+    "r1 one block": NetworkSpec((16, 32, 64), 1, 1, 0.0, (1, 2, 1), 8, 32, 10),
+    "r2 four blocks": NetworkSpec((16, 32, 64), 8, 4, 0.0, (2, 1, 2), 8, 32, 10),
+    "r3 one block": NetworkSpec((16, 32, 64), 3, 1, 0.0, (2, 1, 2), 8, 32, 10),
+}
+
+
+def calibrated(spec: NetworkSpec, size_px: int = 64) -> ShuffleNetV2:
+    """Return a network in double precision whose every tensor is non-trivial and whose logits are of order 1."""
+    torch.manual_seed(0)
+    network = ShuffleNetV2(spec).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    nn.init.normal_(network.classifier[0].weight)
+    nn.init.normal_(network.classifier[0].bias)
+    with torch.no_grad():
+        for _ in range(4):
+            network(torch.randn(4, spec.in_channels, size_px, size_px, dtype=torch.float64))
+    return network.eval()
+
+
+def photos(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", ["auto", "feature", "matmul"])
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_fold_gives_the_same_numbers(name: str, form: str) -> None:
+    network = calibrated(SMALL[name])
+    folded = fold(network, form=form)  # type: ignore[arg-type]
+    x = photos(3, 3, 64, 96)
+    assert network(x).std() > 0.1
+    torch.testing.assert_close(folded(x), network(x), rtol=0, atol=1e-10)
+    features = network.forward_features(x)
+    torch.testing.assert_close(folded.forward_features(x), features, rtol=0, atol=1e-10)
+    pooled = network.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(folded.forward_head(features, pre_logits=True), pooled, rtol=0, atol=1e-10)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_fold_gives_the_same_numbers_for_every_variant(name: str) -> None:
+    network = calibrated(VARIANTS[name].spec)
+    x = photos(2, 3, 64, 64)
+    assert network(x).std() > 0.1
+    for form in ("feature", "matmul"):
+        torch.testing.assert_close(fold(network, form=form)(x), network(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["r1", "r3 one block"])
+@torch.no_grad()
+def test_fold_serves_every_batch(name: str) -> None:
+    folded = fold(calibrated(SMALL[name]))
+    x = photos(4, 3, 64, 64)
+    assert folded(x[:0]).shape == (0, 10)
+    torch.testing.assert_close(folded(x[2:3]), folded(x)[2:3], rtol=0, atol=1e-10)
+    torch.testing.assert_close(folded(x[[2, 0, 3]]), folded(x)[[2, 0, 3]], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fold_leaves_no_batch_norm_and_no_computed_convolution(name: str) -> None:
+    folded = fold(calibrated(SMALL[name]))
+    kinds = {type(module) for module in folded.modules()}
+    assert nn.BatchNorm2d not in kinds
+    r = SMALL[name].M // max(1, SMALL[name].G)
+    assert (MatmulPointwise in kinds) == (r > 1)
+    assert (GainPointwise in kinds) == (r == 1)
+
+    seen: set[Tensor] = set()
+    convs = [module for module in folded.modules() if isinstance(module, FoldedConv)]
+    for conv in convs:
+        conv.register_forward_pre_hook(lambda module, inputs: seen.add(module.weight))
+    folded(photos(2, 3, 64, 64))
+    assert seen == {conv.weight for conv in convs}
+
+
+def test_fold_for_r1_uses_static_convolutions_only() -> None:
+    graph = torch.export.export(fold(calibrated(SMALL["r1"])), (photos(2, 3, 64, 64),)).graph
+    weights = [node.args[1] for node in graph.nodes if node.target == torch.ops.aten.conv2d.default]
+    assert len(weights) > 30
+    assert all(weight.op == "placeholder" for weight in weights)
+    targets = {str(node.target) for node in graph.nodes}
+    assert not {name for name in targets if "permute" in name or "transpose" in name or "batch_norm" in name}
+
+
+def test_fold_leaves_the_network_as_it_was() -> None:
+    network = calibrated(SMALL["r1"]).train()
+    before = copy.deepcopy(network.state_dict())
+    folded = fold(network)
+    for parameter in folded.parameters():
+        parameter.data.zero_()
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_fold_is_idempotent() -> None:
+    folded = fold(calibrated(SMALL["r1"]))
+    assert fold(folded) is folded
+
+
+def test_fold_keeps_type_and_card() -> None:
+    network = calibrated(SMALL["plain"]).float()
+    network.card = "a card"
+    folded = fold(network)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.float32}
+    assert folded.card == "a card"
+
+
+def test_fold_refuses_an_unknown_form() -> None:
+    with pytest.raises(UsageError, match=r"form must be one of auto, feature, matmul. Got form='fast'"):
+        fold(calibrated(SMALL["plain"]), form="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_routes_bring_every_channel_where_the_shuffle_brings_it(groups: int) -> None:
+    blocks, width = 5, 32
+    routes = plan_routes((8, 24), [groups] * (blocks + 1))
+    # Let every producer emit the numbers of its channels, and follow them through the plain shuffle beside the routes.
+    sizes = [8, 24, *[width // 2] * blocks]
+    outputs = [torch.arange(size) + 100 * producer for producer, size in enumerate(sizes)]
+    emitted = [output[order] for output, order in zip(outputs, routes.emitted, strict=True)]
+    x = torch.cat(outputs[:2])
+    for block in range(blocks):
+        passed, entering = x[0::2], x[1::2]
+        assert torch.equal(_brought(routes.uses[block], emitted), entering)
+        x = torch.cat([passed, outputs[block + 2]])
+    assert torch.equal(_brought(routes.uses[-1], emitted), x)
+
+
+def _brought(use: object, emitted: list[Tensor]) -> Tensor:
+    """Return what a use's slices bring, put back into the order of its input channels."""
+    brought, channels = [], []
+    for slices, indices in zip(use.slices, use.channels, strict=True):  # type: ignore[attr-defined]
+        brought += [emitted[producer][start:stop] for producer, start, stop in slices]
+        channels += indices
+    result = torch.empty(len(channels), dtype=torch.long)
+    result[torch.tensor(channels)] = torch.cat(brought)
+    return result
+
+
+def test_fold_refuses_nothing_for_more_channels_and_classes() -> None:
+    spec = dataclasses.replace(SMALL["r1"], in_channels=1, num_classes=3)
+    network = calibrated(spec)
+    with torch.no_grad():
+        x = photos(2, 1, 40, 33)
+        torch.testing.assert_close(fold(network)(x), network(x), rtol=0, atol=1e-10)
