@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weightnet import functional, transforms
     from weightnet.images.transforms import Preprocess
     from weightnet.nn.complexity import complexity
+    from weightnet.nn.fold import fold
     from weightnet.nn.layers import WeightNet2d, set_form
     from weightnet.nn.shufflenet import ShuffleNetV2
     from weightnet.nn.variants import NetworkSpec
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "complexity",
     "convert",
+    "fold",
     "functional",
     "list_models",
     "load",
@@ -73,6 +75,7 @@ _HOMES = {
     "WeightNet2d": "nn.layers",
     "complexity": "nn.complexity",
     "convert": "zoo.convert",
+    "fold": "nn.fold",
     "functional": "",
     "list_models": "zoo.hub",
     "load": "zoo.weights",
