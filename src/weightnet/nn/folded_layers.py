@@ -69,9 +69,9 @@ class MatmulPointwise(nn.Module):
             if mixed == 1:
                 kernels.append(gate[:, :, None] * bank_OPI[:, 0])
             else:
-                kernels.append(torch.einsum("bop,opi->boi", gate.reshape(-1, outputs, mixed), bank_OPI))
+                kernels.append(torch.einsum("bop,opi->boi", gate.reshape(gate.shape[0], outputs, mixed), bank_OPI))
         y = torch.cat(kernels, 2) @ x.flatten(2) + bias[..., None]
-        return y.reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        return y.reshape(x.shape[0], bias.shape[1], x.shape[2], x.shape[3])
 
 
 class GainDepthwise(nn.Module):
@@ -170,7 +170,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _mix(y: Tensor, mixed: int) -> Tensor:
     """Sum each `mixed` neighbouring channels."""
-    return y if mixed == 1 else y.reshape(y.shape[0], -1, mixed, y.shape[2], y.shape[3]).sum(2)
+    return y if mixed == 1 else y.reshape(y.shape[0], y.shape[1] // mixed, mixed, y.shape[2], y.shape[3]).sum(2)
 
 
 def _per_channel(values_BC: Tensor) -> Tensor:
