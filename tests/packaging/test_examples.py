@@ -25,5 +25,6 @@ def test_predict_script_names_a_class_and_reports_a_bad_file(
     monkeypatch.setattr(sys, "argv", ["predict.py", str(EXAMPLES / "cat.png"), str(bad)])
     runpy.run_path(str(EXAMPLES / "predict.py"), run_name="__main__")
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{EXAMPLES / 'cat.png'}: ") and first.endswith("%)")
+    assert first.startswith(f"{EXAMPLES / 'cat.png'}: ")
+    assert first.endswith("%)")
     assert second.startswith(f"{bad}: a photo must be a JPEG, PNG,")

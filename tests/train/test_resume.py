@@ -1,6 +1,7 @@
 """`fit` in one process: what it resumes, where it stops and what it refuses."""
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -72,6 +73,14 @@ def test_fit_saves_and_ends_at_a_signal(tmp_path: Path, make_config: MakeConfig,
     assert done == list(range(step + 1, 9))
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", [kill, send(signal.SIGTERM)])
+def test_fit_takes_its_workers_with_it(make_config: MakeConfig, how: Callable[[], None]) -> None:
+    with pytest.raises((_KilledError, TrainingError)) as raised:  # which holds on to the loop's frames
+        fit(make_config(workers=2), report=stop_at(2, how))
+    assert raised.value is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_fit_stops_within_an_evaluation(

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -206,18 +206,20 @@ def _train(
         loader = data.training_loader(run.photos, batches, config, cache)
         while state.step < total_steps:
             batches.epoch, batches.first_step = divmod(state.step, batches.steps)
-            for loss, photos_per_s in _epoch_steps(fabric, model, loader, state, config, total_steps):
-                unreadable = len(state.unreadable)
-                report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
-                check_stop()
-                if run.seconds_since_save > 60 * config.checkpoint_minutes:
-                    run.save(state)
+            # Closed whatever happens, so that its workers end now and not when the exception is forgotten.
+            with contextlib.closing(_epoch_steps(fabric, model, loader, state, config, total_steps)) as steps:
+                for loss, photos_per_s in steps:
+                    unreadable = len(state.unreadable)
+                    report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
+                    check_stop()
+                    if run.seconds_since_save > 60 * config.checkpoint_minutes:
+                        run.save(state)
             evaluate_if_due()
 
 
 def _epoch_steps(
     fabric: "Fabric", model: nn.Module, loader: Any, state: RunState, config: TrainConfig, total_steps: int
-) -> Iterator[tuple[float, float]]:
+) -> Generator[tuple[float, float]]:
     """Do the rest of an epoch, a step at a time; yield each step's loss and photos per second."""
     optimizer = state.optimizer
     max_skipped = min(MAX_SKIPPED_STEPS, total_steps // config.epochs)
