@@ -172,7 +172,7 @@ def test_page_names_only_commands_and_options_that_exist(page: Path) -> None:
 
 
 def test_readme_names_every_command() -> None:
-    text = README.read_text(encoding="utf-8") + (ROOT / "docs/weights.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"weightnet {name}" not in text] == []
 
 
