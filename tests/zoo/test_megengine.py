@@ -80,7 +80,9 @@ def test_read_megengine_equals_unpickling_for_every_reference_file(shared: Path)
     honest = [path for path in paths if "keepvar" not in path.name]
     assert len(honest) >= 9
     for path in honest:
-        assert_same(read_megengine(path), pickle.loads(path.read_bytes()))
+        # NumPy 1 cannot unpickle what NumPy 2 wrote; those files hold the state dict of tiny.pkl again.
+        by_numpy_2 = "numpy2" in path.name
+        assert_same(read_megengine(path), pickle.loads((DATA / "tiny.pkl" if by_numpy_2 else path).read_bytes()))
 
 
 def test_read_megengine_refuses_kept_variables_and_says_how_to_save() -> None:
