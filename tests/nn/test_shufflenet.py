@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,12 +173,26 @@ def test_network_saves_and_copies() -> None:
     assert torch.equal(copy.deepcopy(network)(x), network(x))
 
 
+COMPILES = """
+import torch
+from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.variants import NetworkSpec
+
+torch.manual_seed(0)
+for M, G in ((0, 0), (2, 2), (4, 1)):
+    network = ShuffleNetV2(NetworkSpec((16, 32, 64), M, G, 0.0, (1, 1, 1), 8, 32, 10))
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        network(x)
+        network.eval()
+        torch.testing.assert_close(torch.compile(network, fullgraph=True)(x), network(x), rtol=1e-4, atol=1e-4)
+"""
+
+
 @pytest.mark.full
-@torch.no_grad()
 def test_network_compiles_as_one_graph() -> None:
-    network = calibrated(SMALL).float()
-    x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(torch.compile(network, fullgraph=True)(x), network(x), rtol=1e-4, atol=1e-4)
+    # In a process of its own: the shape checks of this test run are not code that the compiler can follow.
+    subprocess.run([sys.executable, "-c", COMPILES], check=True, timeout=600)
 
 
 def test_network_starts_as_the_original() -> None:
