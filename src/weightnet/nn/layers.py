@@ -139,7 +139,7 @@ class WeightNet2d(nn.Module):
         Per output channel, making the kernels handles as many numbers as a kernel has, and the gains of the feature
         form M numbers for each pixel; the smaller of the two is the faster. A larger kernel costs the matmul form a
         copy of its input for each tap, and more than one kernel per block costs the feature form the whole convolution
-        each time. docs/layer.md has the measurements.
+        each time.
         """
         if self.depthwise:
             return "feature" if self.kernels_per_block == 1 else "reference"
