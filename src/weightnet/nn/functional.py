@@ -234,12 +234,8 @@ def _kernel_columns(a_BOGP: Tensor, bank_OGPIkk: Tensor) -> Tensor:
 
 
 def _conv(x_BCHW: Tensor, kernel: Tensor, stride: IntPair, padding: IntPair, dilation: IntPair, groups: int) -> Tensor:
-    is_product = (
-        groups == 1 and kernel.shape[-2:] == (1, 1) and as_pair(stride) == (1, 1) and as_pair(padding) == (0, 0)
-    )
-    if is_product and _is_channels_last(
-        x_BCHW
-    ):  # trains faster than the convolution, on a view of some channels above all
+    plain = groups == 1 and kernel.shape[-2:] == (1, 1) and as_pair(stride) == (1, 1) and as_pair(padding) == (0, 0)
+    if plain and _is_channels_last(x_BCHW):  # a product of rows: trains faster, above all on a view of some channels
         return F.linear(x_BCHW.permute(0, 2, 3, 1), kernel.flatten(1)).permute(0, 3, 1, 2)
     return F.conv2d(x_BCHW, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
