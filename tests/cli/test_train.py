@@ -20,7 +20,8 @@ def fitted(run_folder, monkeypatch) -> list:
     def fit(config, *, resume, report):
         calls.append((config, resume))
         step = {"step": 1, "total_steps": 2, "epoch": 1, "loss": 2.5, "photos_per_s": 10.0, "unreadable": 0}
-        report(types.SimpleNamespace(**step, measured=None))
+        report(types.SimpleNamespace(**step, measured=None, taught=(64, 72)))
+        report(types.SimpleNamespace(**step, measured=None, taught=None))
         report(types.SimpleNamespace(**step, measured={"photos": 3, "top1": 1 / 3}))
         return read_card(run_folder / "weights.json")
 

@@ -71,6 +71,10 @@ def _reports() -> "Iterator[Callable[[Progress], None]]":
             if progress.measured is not None:
                 say(f"epoch {progress.epoch}: {figures(progress.measured)}")
                 return
+            if progress.taught is not None:
+                done, total = progress.taught
+                bar.update(task, completed=done, total=total, description="the teacher looks at the photos")
+                return
             text = f"epoch {progress.epoch}, loss {progress.loss:.3f}, {progress.photos_per_s:.0f} photos/s"
             bar.update(task, completed=progress.step, total=progress.total_steps, description=text)
 

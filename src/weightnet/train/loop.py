@@ -20,6 +20,7 @@ from weightnet.train.config import TrainConfig
 from weightnet.train.evaluation import evaluate, network_input
 from weightnet.train.folders import PhotoFolder, read_folders
 from weightnet.train.run import RunFolder, RunState, diverged
+from weightnet.train.teacher import Student, Teacher, load_teacher, teach
 from weightnet.zoo.cards import Card
 from weightnet.zoo.weights import load
 
@@ -43,6 +44,7 @@ class Progress:
         photos_per_s: of the last step, loading included; 0 after an evaluation.
         unreadable: different photos so far that could not be read.
         measured: of the validation photos, after an evaluation; None after a step.
+        taught: crops that the teacher has seen, and of how many; None but before the first step.
     """
 
     step: int
@@ -52,6 +54,7 @@ class Progress:
     photos_per_s: float
     unreadable: int
     measured: dict[str, float] | None = None
+    taught: tuple[int, int] | None = None
 
 
 class _StoppedError(Exception):
@@ -90,13 +93,15 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
         _stop_requests() as check_stop,
         _own_random_numbers(fabric := start_fabric(config)),
     ):
-        state, model = _start(fabric, config, len(train_photos.classes), begun=run.begun)
+        teacher = None if config.teacher is None else load_teacher(config.teacher, fabric.device)
+        targets = data.Targets(run.path / "teacher")
+        state, model = _start(fabric, config, len(train_photos.classes), teacher, begun=run.begun)
         if run.begun:
             run.restore(state)
         else:
             run.save(state)  # a folder that cannot be written shows before the first step
         try:
-            _train(fabric, model, state, run, val_photos, report, check_stop)
+            _train(fabric, model, teacher, targets, state, run, val_photos, report, check_stop)
         except _StoppedError as request:
             run.save(state)
             raise TrainingError(f"The run was stopped at step {state.step} and saved. Resume it to go on.") from request
@@ -107,6 +112,7 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
                 f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
                 "resume, with fewer workers or more memory."
             ) from error
+        targets.remove()  # a finished run needs them no more
     return run.card(state)
 
 
@@ -129,7 +135,9 @@ def start_fabric(config: TrainConfig) -> "Fabric":
     return Fabric(accelerator=config.device, devices=1, precision=config.precision)
 
 
-def _start(fabric: "Fabric", config: TrainConfig, num_classes: int, *, begun: bool) -> tuple[RunState, nn.Module]:
+def _start(
+    fabric: "Fabric", config: TrainConfig, num_classes: int, teacher: Teacher | None, *, begun: bool
+) -> tuple[RunState, nn.Module]:
     """Return the state of a run that begins, and the network as Fabric runs it in training."""
     _draw_from(fabric, config.seed, 0)
     pretrained = False if begun or config.pretrained is None else config.pretrained
@@ -140,10 +148,13 @@ def _start(fabric: "Fabric", config: TrainConfig, num_classes: int, *, begun: bo
         preprocess = dataclasses.replace(preprocess, channel_order=own.channel_order, mean=own.mean, std=own.std)
     network = cast(Any, network).to(memory_format=torch.channels_last)
     average = averaged_model(network, config.ema_decay).to(fabric.device) if config.ema_decay else None
-    groups = parameter_groups(network, config.weight_decay)
+    student = network if teacher is None else Student(network, teacher.num_classes)
+    groups = parameter_groups(student, config.weight_decay)
     sgd = torch.optim.SGD(groups, lr=config.peak_learning_rate, momentum=config.momentum)
-    model, optimizer = fabric.setup(network, sgd)
-    return RunState(network, average, optimizer, fabric.strategy.precision, preprocess), model
+    model, optimizer = fabric.setup(student, sgd)
+    state = RunState(network, average, optimizer, fabric.strategy.precision, preprocess)
+    state.teacher_head = getattr(student, "teacher_head", None)
+    return state, model
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -178,6 +189,8 @@ def averaged_model(network: nn.Module, decay: float) -> AveragedModel:
 def _train(
     fabric: "Fabric",
     model: nn.Module,
+    teacher: Teacher | None,
+    targets: data.Targets,
     state: RunState,
     run: RunFolder,
     val_photos: PhotoFolder,
@@ -199,11 +212,17 @@ def _train(
         report(Progress(state.step, total_steps, epoch, row["train_loss"], 0.0, len(state.unreadable), row))
         run.save(state)
 
+    def report_taught(done: int, total: int) -> None:
+        report(Progress(state.step, total_steps, 0, 0.0, 0.0, len(state.unreadable), taught=(done, total)))
+        check_stop()
+
     evaluate_if_due()  # the run may have been stopped between an epoch's last step and its evaluation
     if state.step == total_steps:
         return
     with data.cached(run.photos, config, run.path, check_stop) as cache:
-        loader = data.training_loader(run.photos, batches, config, cache)
+        if teacher is not None:
+            teach(teacher, targets, run.photos, config, cache, fabric.device, report_taught)
+        loader = data.training_loader(run.photos, batches, config, cache, targets if teacher is not None else None)
         while state.step < total_steps:
             batches.epoch, batches.first_step = divmod(state.step, batches.steps)
             # Closed whatever happens, so that its workers end now and not when the exception is forgotten.
@@ -224,7 +243,7 @@ def _epoch_steps(
     optimizer = state.optimizer
     max_skipped = min(MAX_SKIPPED_STEPS, total_steps // config.epochs)
     begun_at = time.monotonic()
-    for photos, labels, unreadable in loader:
+    for photos, labels, unreadable, targets in loader:
         state.note_unreadable(unreadable)
         if len(photos) < 2:  # too few for batch statistics
             state.step, state.skipped = state.step + 1, state.skipped + 1
@@ -238,8 +257,8 @@ def _epoch_steps(
             group["lr"] = config.peak_learning_rate * (1 - state.step / total_steps)
         _draw_from(fabric, config.seed, 1, state.step)  # dropout
         model.train()
-        logits = model(network_input(photos.to(fabric.device), state.preprocess))
-        loss = F.cross_entropy(logits, labels.to(fabric.device), label_smoothing=config.label_smoothing)
+        outputs = model(network_input(photos.to(fabric.device), state.preprocess))
+        loss = _loss(outputs, labels.to(fabric.device), targets, config)
         if not math.isfinite(loss.item()):
             raise diverged(f"loss={loss.item()} at step {state.step}")
         optimizer.zero_grad()
@@ -253,6 +272,15 @@ def _epoch_steps(
         now = time.monotonic()
         yield loss.item(), len(photos) / (now - begun_at)
         begun_at = time.monotonic()
+
+
+def _loss(outputs: Any, labels: Tensor, targets: Tensor | None, config: TrainConfig) -> Tensor:
+    """Return the loss of a batch: against its labels and, where a teacher has given targets, against these too."""
+    if targets is None:
+        return F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing)
+    logits, teacher_logits = outputs
+    to_teacher = F.cross_entropy(teacher_logits, targets.to(labels.device, torch.float32))
+    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing) + config.teacher_weight * to_teacher
 
 
 def _evaluation_row(

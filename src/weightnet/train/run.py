@@ -26,7 +26,7 @@ import filelock
 import torch
 import yaml
 from safetensors.torch import save as safetensors_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import weightnet
@@ -60,6 +60,7 @@ class RunState:
         skipped: steps without an update since the last one with one, because their photos could not be read.
         unreadable: photos that could not be read, and why.
         history: one mapping of figures per evaluation.
+        teacher_head: the second classifier, of the teacher's classes; None where the run has no teacher.
     """
 
     network: ShuffleNetV2
@@ -73,6 +74,7 @@ class RunState:
     skipped: int = 0
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    teacher_head: nn.Module | None = None
 
     @property
     def evaluated(self) -> ShuffleNetV2:
@@ -98,7 +100,8 @@ class RunState:
 
     def _parts(self) -> dict[str, Any]:
         parts = {"network": self.network, "optimizer": self.optimizer, "precision": self.precision}
-        return parts if self.average is None else {**parts, "average": self.average}
+        more = {"average": self.average, "teacher_head": self.teacher_head}
+        return parts | {name: part for name, part in more.items() if part is not None}
 
 
 _FIGURES = ("step", "loss_sum", "loss_photos", "skipped", "unreadable", "history")
@@ -183,7 +186,7 @@ class RunFolder:
             is intact then.
         """
         saved = {"config": dataclasses.asdict(self.config), "photos": self.photos.digest(), **state.to_dict()}
-        if not all(_finite(saved[name]) for name in ("network", "average") if name in saved):
+        if not all(_finite(saved[name]) for name in ("network", "average", "teacher_head") if name in saved):
             raise diverged(f"weights that are not at step {state.step}")
         checkpoint = io.BytesIO()
         torch.save(saved, checkpoint)
