@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weightnet.errors import UsageError
 from weightnet.nn.complexity import complexity
 from weightnet.nn.layers import WeightNet2d, set_form
-from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.shufflenet import ShuffleNetV2, outline
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 
 SMALL = NetworkSpec((16, 32, 64), 2, 2, 0.0, (2, 2, 1), 8, 32, 10)
@@ -227,3 +227,22 @@ def test_network_starts_as_the_original() -> None:
 def test_spec_refuses_what_cannot_be_built(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         dataclasses.replace(SMALL, **options)  # type: ignore[arg-type]
+
+
+def test_outline_has_the_networks_names_and_shapes_but_no_values() -> None:
+    spec = VARIANTS["shufflenet_v2_x0_5.wn8x"].spec
+    state = torch.get_rng_state()
+    sketch = outline(spec)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.is_meta for parameter in sketch.parameters())
+    want = {name: value.shape for name, value in ShuffleNetV2(spec).state_dict().items()}
+    assert {name: value.shape for name, value in sketch.state_dict().items()} == want
+
+
+def test_outline_is_quick_to_begin() -> None:
+    """Drawing values on the meta device makes PyTorch import sympy, for more than a second."""
+    code = (
+        "import sys; from weightnet.nn.shufflenet import outline; from weightnet.nn.variants import VARIANTS; "
+        "outline(VARIANTS['shufflenet_v2_x0_5'].spec); sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

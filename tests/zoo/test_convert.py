@@ -19,6 +19,7 @@ from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import NetworkSpec
 from weightnet.zoo.cards import Card, read_card, write_card
 from weightnet.zoo.convert import convert
+from weightnet.zoo.megengine import read_megengine
 from weightnet.zoo.state import read_state
 from weightnet.zoo.weights import load
 
@@ -69,6 +70,20 @@ def test_convert_of_the_reference_checkpoint_there_and_back_gives_the_same_bytes
     convert(source, tmp_path / "there.safetensors")
     convert(tmp_path / "there.safetensors", tmp_path / "back.pkl")
     assert (tmp_path / "back.pkl").read_bytes() == source.read_bytes()
+
+
+def test_convert_there_and_back_keeps_the_layout_of_old_files(tmp_path: Path) -> None:
+    """Their bytes differ: the original wrote another pickle protocol then."""
+    source = TINY.with_name("tiny_mge051_py38.pkl")
+    convert(source, tmp_path / "there.safetensors")
+    convert(tmp_path / "there.safetensors", tmp_path / "back.pkl")
+    convert(source, tmp_path / "direct.pkl")
+    want = read_megengine(source)
+    assert want["features.0.bn1.running_var"].ndim == 4
+    for name in ("back.pkl", "direct.pkl"):
+        got = read_megengine(tmp_path / name)
+        assert got.keys() == want.keys()
+        assert all(got[key].shape == want[key].shape and np.array_equal(got[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize(("M", "G"), [(0, 0), (1, 1), (2, 2), (4, 1), (8, 2)])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from weightnet.errors import UsageError
 from weightnet.nn import functional as WF
@@ -209,6 +210,30 @@ class ShuffleNetV2(nn.Module):
                 f"{MIN_SIZE_PX} px. Got shape={tuple(x.shape)}. Resize or reshape it."
             )
         return self.maxpool(self.first_conv(x))  # type: ignore[no-any-return]
+
+
+def outline(spec: NetworkSpec) -> ShuffleNetV2:
+    """Return a network on the meta device: names and shapes of all parameters, but no memory and no values.
+
+    Raises: RuntimeError where a size is beyond what PyTorch can count.
+
+    Example:
+        >>> from weightnet.nn.variants import VARIANTS
+        >>> outline(VARIANTS["shufflenet_v2_x0_5"].spec).conv_last[0].weight.shape
+        torch.Size([1024, 192, 1, 1])
+    """
+    with torch.device("meta"), _NoInit():
+        return ShuffleNetV2(spec)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the drawing of parameters, for which PyTorch would import a symbolic algebra system on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _block_widths(in_channels: int, out_channels: int, stride: int) -> tuple[int, int, int]:

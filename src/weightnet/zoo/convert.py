@@ -5,21 +5,21 @@ import hashlib
 import os
 from pathlib import Path
 
-import torch
 from safetensors.numpy import save
 from torch import nn
 
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
-from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.shufflenet import outline
 from weightnet.nn.variants import NetworkSpec
 from weightnet.zoo.cards import Card, card_path, read_card, read_file, write_atomically, write_card
 from weightnet.zoo.hub import find_weights
-from weightnet.zoo.megengine import to_megengine_layout, write_megengine
+from weightnet.zoo.megengine import has_old_statistics, read_megengine, to_megengine_layout, write_megengine
 from weightnet.zoo.state import MAX_WEIGHTS_BYTES, State, check_state, read_state, spec_from_state
 from weightnet.zoo.weights import Pixels, choose_pixels, infer_card
 
 MEGENGINE_SUFFIXES = (".pkl", ".model")
+OLD_STATISTICS = "old_statistics"  # a card's note: the file that it came from had running statistics of (1, C, 1, 1)
 
 
 def convert(
@@ -54,14 +54,18 @@ def convert(
     _check_output(path, out, pixels)
     state = read_state(path)
     spec, card = _described(path, state, pixels)
-    sha256 = hashlib.sha256(read_file(path, max_bytes=MAX_WEIGHTS_BYTES)).hexdigest()
+    data = read_file(path, max_bytes=MAX_WEIGHTS_BYTES)
+    sha256 = hashlib.sha256(data).hexdigest()
     converted = {"file": path.name, "sha256": sha256, "converter": f"weightnet {__version__}"}
     # The hash of the trained file, which its run notes, is not that of the new one.
     notes = {name: value for name, value in card.notes.items() if name != "weights_sha256"}
+    if data[:1] == b"\x80" and has_old_statistics(read_megengine(data)):
+        notes[OLD_STATISTICS] = True
     card = dataclasses.replace(card, made_by={**card.made_by, "converted_from": converted}, notes=notes)
     if out.suffix in MEGENGINE_SUFFIXES:
         # The state is sorted by name, as the original writes it: a file that came from there becomes the same bytes.
-        write_megengine(to_megengine_layout(state, groups=_groups(spec)), out)
+        old = notes.get(OLD_STATISTICS) is True
+        write_megengine(to_megengine_layout(state, groups=_groups(spec), old_statistics=old), out)
         return card
     try:
         write_atomically(out, save(state))
@@ -108,7 +112,6 @@ def _described(path: Path, state: State, pixels: Pixels) -> tuple[NetworkSpec, C
 
 def _groups(spec: NetworkSpec) -> dict[str, int]:
     """Return the groups of every grouped convolution, by the name of its weight."""
-    with torch.device("meta"):
-        network = ShuffleNetV2(spec)
-    convolutions = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    modules = outline(spec).named_modules()
+    convolutions = {name: module for name, module in modules if isinstance(module, nn.Conv2d)}
     return {f"{name}.weight": module.groups for name, module in convolutions.items() if module.groups > 1}

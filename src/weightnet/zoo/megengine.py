@@ -102,6 +102,15 @@ def to_torch_layout(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def has_old_statistics(state: Mapping[str, np.ndarray]) -> bool:
+    """Return whether running statistics have the shape (1, C, 1, 1), as MegEngine up to 1.0 wrote them.
+
+    >>> has_old_statistics({"1.running_var": np.ones((1, 6, 1, 1))})
+    True
+    """
+    return any(array.ndim == 4 for name, array in state.items() if name.endswith(".running_var"))
+
+
 def to_megengine_layout(
     state: Mapping[str, np.ndarray], *, groups: Mapping[str, int], old_statistics: bool = False
 ) -> dict[str, np.ndarray]:

@@ -68,9 +68,7 @@ def check_state(state: Mapping[str, npt.NDArray[Any]], spec: NetworkSpec) -> Non
 
     Raises: WeightsError that lists missing, unexpected and ill-shaped entries, with their shapes.
     """
-    import torch
-
-    from weightnet.nn.shufflenet import ShuffleNetV2
+    from weightnet.nn.shufflenet import outline
 
     if sum(spec.stage_repeats) > len(state):
         raise WeightsError(
@@ -78,8 +76,7 @@ def check_state(state: Mapping[str, npt.NDArray[Any]], spec: NetworkSpec) -> Non
             "Give the weights and the card of one network."
         )
     try:
-        with torch.device("meta"):  # shapes without memory, whatever sizes a card claims
-            network = ShuffleNetV2(spec)
+        network = outline(spec)  # without memory, whatever sizes a card claims
     except RuntimeError as error:
         raise WeightsError(f"A network must have sizes that fit a memory. Got {spec}. Check its card.") from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items() if not _is_counter(name)}

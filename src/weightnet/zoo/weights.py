@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weightnet.errors import UsageError, WeightsError, WeightsWarning
 from weightnet.images.transforms import Preprocess
-from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.shufflenet import ShuffleNetV2, outline
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 from weightnet.zoo.calibration import detect_pixels
 from weightnet.zoo.cards import Card, card_path, default_classes, numbered_classes, read_card
@@ -199,8 +199,7 @@ def _own_sizes(state: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
 
 def _network(spec: NetworkSpec, state: Mapping[str, npt.NDArray[np.float32]]) -> ShuffleNetV2:
     """Build a network around weights that fit, without drawing random ones first."""
-    with torch.device("meta"):
-        network = ShuffleNetV2(spec)
+    network = outline(spec)
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
     tensors: dict[str, Tensor] = {name: torch.from_numpy(array) for name, array in state.items()}
     network.load_state_dict({**tensors, **counters}, strict=True, assign=True)
