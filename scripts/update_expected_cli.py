@@ -13,7 +13,7 @@ from weightnet.cli import main
 FOLDER = Path(__file__).parents[1] / "tests" / "expect" / "cli"
 TEXTS = {
     "help.txt": ["--help"],
-    **{f"help_{name}.txt": [name, "--help"] for name in ("predict", "models", "convert", "train")},
+    **{f"help_{name}.txt": [name, "--help"] for name in ("predict", "models", "convert", "export", "train")},
     "models.txt": ["models", "shufflenet*"],
 }
 

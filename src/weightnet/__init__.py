@@ -23,6 +23,7 @@ from weightnet.errors import (
 
 if TYPE_CHECKING:
     from weightnet import functional, transforms
+    from weightnet.export.model import export_model
     from weightnet.images.transforms import Preprocess
     from weightnet.nn.complexity import complexity
     from weightnet.nn.fold import fold
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "complexity",
     "convert",
+    "export_model",
     "fold",
     "functional",
     "list_models",
@@ -75,6 +77,7 @@ _HOMES = {
     "WeightNet2d": "nn.layers",
     "complexity": "nn.complexity",
     "convert": "zoo.convert",
+    "export_model": "export.model",
     "fold": "nn.fold",
     "functional": "",
     "list_models": "zoo.hub",

@@ -41,8 +41,10 @@ def predict(
             (`"*.jpg"`, `"photos/**/cat*"`); or `-` for a photo on standard input. Put `--` before names that begin with
             a dash.
         k: How many classes to name, the most probable first.
-        model: A name of `weightnet models`, a run folder, a weights file, or its address.
-        engine: What runs the network: auto or torch.
+        model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
+            `weightnet export`.
+        engine: What runs the network: onnxruntime or openvino for a file of `weightnet export`, torch for all else;
+            auto takes what fits.
         device: auto, cpu, cuda, cuda:N or mps.
         batch_size: Photos that run at once.
         json: Write one JSON array, with an object for each photo:

@@ -1,0 +1,58 @@
+"""`weightnet export`: a model as a file for ONNX Runtime or OpenVINO."""
+
+import json as json_format
+import os
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from weightnet.cli.output import Switch, open_results, printable
+
+
+def export(
+    model: Annotated[str, Parameter(name="MODEL")],
+    out: Annotated[str, Parameter(name="OUT")],
+    /,
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    outputs: Annotated[
+        tuple[Literal["logits", "pre_logits", "features"], ...],
+        Parameter(consume_multiple=True, negative="", show_default=False),
+    ] = ("logits",),
+    json: Switch = False,
+) -> int:
+    """Write a model as a file for ONNX Runtime (.onnx) or OpenVINO (.xml and .bin), and its card beside it.
+
+    The file is then a model's name for `weightnet predict`. It takes any number of photos at once. Before it is
+    written it is run in its runtime, and must give the network's numbers.
+
+    Args:
+        model: A name of `weightnet models`, a run folder, a weights file, or its address.
+        out: OUT.onnx or OUT.xml; the card is OUT.json.
+        precision: fp16 keeps the weights in half precision, in a file half as large, and computes in single precision.
+        outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map.
+        json: Write a JSON object: `{"path", "bytes", "precision", "outputs", "largest_error", "allowed_error",
+            "checked_in", "exporter"}`.
+    """
+    from weightnet.export.model import export_model
+
+    results = open_results()
+    card = export_model(model, out, precision=precision, outputs=outputs)
+    files = [out, f"{os.path.splitext(out)[0]}.bin"][: 2 if out.endswith(".xml") else 1]
+    entry = card.notes["exports"][os.path.splitext(out)[1]]
+    report = {"path": out, "bytes": sum(map(os.path.getsize, files)), **entry}
+    text = json_format.dumps(report) if json else printable(_gist(card.name, report))
+    results.write(text + "\n")
+    return 0
+
+
+def _gist(name: str, report: dict[str, Any]) -> str:
+    errors = ", ".join(f"{output} {error:.1e}" for output, error in report["largest_error"].items())
+    lines = [
+        f"{report['path']}: {name}",
+        f"  size        {report['bytes'] / 1e6:.1f} MB, {report['precision']}",
+        f"  outputs     {', '.join(report['outputs'])}",
+        f"  checked in  {report['checked_in']}, against double precision",
+        f"  error       {errors} of the largest value (allowed: {report['allowed_error']:.0e})",
+    ]
+    return "\n".join(lines)

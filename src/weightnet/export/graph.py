@@ -1,0 +1,323 @@
+"""From a folded network to an ONNX graph, written node by node.
+
+`torch.fx` follows the network's own forward; each of its steps, and each layer of `weightnet.nn.folded_layers`, is
+written as a few ONNX operators. What is computed per photo are gains: the weights of all convolutions are constants.
+Batch, height and width stay open.
+
+Gates are (B, O, 1, 1) from the sigmoid on, so that they scale feature maps as they are.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from weightnet import __version__
+from weightnet.errors import MissingDependencyError
+from weightnet.nn.fold import FoldedShuffleNetV2
+from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
+from weightnet.predict.engines import INPUT, LOGITS
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OUTPUTS = (LOGITS, "pre_logits", "features")
+
+# The first in which Split has a number of outputs and ReduceMean its axes as input; runtimes of 2023 know it.
+_OPSET = 18
+
+_Value: TypeAlias = "str | list[str]"  # the name of a value of the graph, or those of several
+
+
+def build_graph(network: FoldedShuffleNetV2, outputs: Sequence[str], *, half_weights: bool = False) -> "ModelProto":
+    """Return a network as an ONNX model.
+
+    Args:
+        network: a folded network.
+        outputs: names from `OUTPUTS`, in the order that the model gives them.
+        half_weights: whether weights are kept in half precision; they are computed with in single precision all the
+            same.
+
+    Raises: MissingDependencyError where the package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Exporting needs onnx. Got: {error}. Install it by: pip install 'weightnet[onnx]'"
+        ) from error
+    from onnx import TensorProto, helper
+
+    traced = _Tracer().trace(_Outputs(network, outputs))
+    writer = _Writer(network, half_weights=half_weights)
+    names = writer.write(traced)
+    writer.rename(dict(zip(names, outputs, strict=True)))
+    spec = network.spec
+    shapes = {
+        "logits": ("batch", spec.num_classes),
+        "pre_logits": ("batch", spec.head_channels),
+        "features": ("batch", spec.head_channels, "features_height", "features_width"),
+    }
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ("batch", spec.in_channels, "height", "width"))
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in outputs]
+    graph = helper.make_graph(writer.nodes, "weightnet", [image], results, writer.constants)
+    opsets = [helper.make_opsetid("", _OPSET)]
+    model = helper.make_model(
+        graph,
+        producer_name="weightnet",
+        producer_version=__version__,
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets),  # so that older runtimes read it
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class _Outputs(nn.Module):
+    """A network that gives some of its three outputs."""
+
+    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = self.network.forward_features(x)
+        pre_logits = self.network.forward_head(features, pre_logits=True)
+        every = {"logits": self.network.classifier(pre_logits), "pre_logits": pre_logits, "features": features}
+        return [every[name] for name in self.outputs]
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network down to the layers that the writer knows."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _LAYERS
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        assert obj.node.target == "split"  # whose number of parts is known
+        return iter([obj[part] for part in range(len(obj.node.args[1]))])  # type: ignore[arg-type, index]
+
+
+class _Writer:
+    """Writes the nodes and constants of a graph; values are known by their names."""
+
+    def __init__(self, network: nn.Module, *, half_weights: bool) -> None:
+        self.network, self.half_weights = network, half_weights
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self._known: set[str] = set()
+
+    def write(self, traced: fx.Graph) -> list[str]:
+        """Write all steps and return the names of the outputs."""
+        values: dict[fx.Node, Any] = {}
+        for node in traced.nodes:
+            args = fx.map_arg(node.args, lambda used: values[used])
+            if node.op == "output":
+                return list(args[0])
+            values[node] = self._step(node, args)
+        raise AssertionError("a trace ends with its output")
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Give values other names."""
+        for node in self.nodes:
+            for listed in (node.input, node.output):
+                listed[:] = [names.get(name, name) for name in listed]
+
+    def op(self, kind: str, inputs: Sequence[str], name: str, attributes: dict[str, Any] | None = None) -> str:
+        """Write an operator of one output and return the output's name, which is the operator's too."""
+        return self.ops(kind, inputs, name, [name], attributes)[0]
+
+    def ops(
+        self, kind: str, inputs: Sequence[str], name: str, outputs: list[str], attributes: dict[str, Any] | None = None
+    ) -> list[str]:
+        """Write an operator of any number of outputs and return their names."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **(attributes or {})))
+        return outputs
+
+    def weight(self, name: str, weight: Tensor) -> str:
+        """Write a weight, in half precision where that is asked for, and return its name."""
+        if not self.half_weights:
+            return self.constant(name, weight.float().numpy(force=True))
+        from onnx import TensorProto
+
+        if name in self._known:
+            return name
+        self._known.add(name)
+        stored = self.constant(f"{name}.half", weight.half().numpy(force=True))
+        return self.op("Cast", [stored], name, {"to": TensorProto.FLOAT})
+
+    def bias(self, name: str, bias: Tensor, *, shape: tuple[int, ...] = (-1,)) -> str:
+        """Write what is added to a layer's output, in single precision, and return its name."""
+        return self.constant(name, bias.float().reshape(shape).numpy(force=True))
+
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        """Write whole numbers, such as axes, and return their name."""
+        return self.constant(name, np.array(values, np.int64))
+
+    def constant(self, name: str, array: "np.ndarray[Any, Any]") -> str:
+        """Write a constant, once, and return its name."""
+        from onnx import numpy_helper
+
+        if name not in self._known:
+            self._known.add(name)
+            self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def _step(self, node: fx.Node, args: Any) -> _Value:
+        if node.op == "placeholder":
+            return INPUT
+        target = str(node.target).removeprefix("network.")
+        if node.op == "get_attr":
+            return self.bias(target, self.network.get_parameter(target), shape=(1, -1, 1, 1))
+        if node.op == "call_module":
+            layer = self.network.get_submodule(target)
+            return _LAYERS[type(layer)](self, target, layer, *args)
+        return _STEPS[node.target](self, node.name, *args)
+
+
+def _mean(writer: _Writer, name: str, x: str, axes: tuple[int, ...]) -> str:
+    return writer.op("ReduceMean", [x, writer.integers("spatial_axes", axes)], name, {"keepdims": 0})
+
+
+def _sigmoid(writer: _Writer, name: str, x: str) -> str:
+    gates = writer.op("Sigmoid", [x], name)
+    return writer.op("Unsqueeze", [gates, writer.integers("spatial_axes", (2, 3))], f"{name}.per_channel")
+
+
+def _split(writer: _Writer, name: str, x: str, sizes: list[int], axis: int) -> list[str]:
+    outputs = [f"{name}.{part}" for part in range(len(sizes))]
+    return writer.ops("Split", [x, writer.integers(f"{name}.sizes", sizes)], name, outputs, {"axis": axis})
+
+
+def _chunk(writer: _Writer, name: str, x: str, parts: int, axis: int) -> list[str]:
+    outputs = [f"{name}.{part}" for part in range(parts)]
+    return writer.ops("Split", [x], name, outputs, {"axis": axis, "num_outputs": parts})
+
+
+def _item(writer: _Writer, name: str, x: _Value, which: int | tuple[slice, slice]) -> str:
+    if isinstance(which, int):
+        return x[which]
+    assert isinstance(x, str)
+    start, stop = which[1].start, which[1].stop
+    bounds = [writer.integers(f"integer_{number}", [number]) for number in (start, stop, 1)]
+    return writer.op("Slice", [x, *bounds], name)
+
+
+def _cat(writer: _Writer, name: str, xs: list[str], axis: int) -> str:
+    return xs[0] if len(xs) == 1 else writer.op("Concat", xs, name, {"axis": axis})
+
+
+def _max_pool(writer: _Writer, name: str, x: str, size: int) -> str:
+    attributes = {"kernel_shape": [size, size], "strides": [2, 2], "pads": [size // 2] * 4}
+    return writer.op("MaxPool", [x], name, attributes)
+
+
+def _relu(writer: _Writer, name: str, x: str) -> str:
+    return writer.op("Relu", [x], name)
+
+
+def _mul(writer: _Writer, name: str, x: str, y: str) -> str:
+    return writer.op("Mul", [x, y], name)
+
+
+def _linear(writer: _Writer, name: str, layer: nn.Linear, x: str) -> str:
+    inputs = [x, writer.weight(f"{name}.weight", layer.weight), writer.bias(f"{name}.bias", layer.bias)]
+    return writer.op("Gemm", inputs, name, {"transB": 1})
+
+
+def _conv(writer: _Writer, name: str, layer: FoldedConv, x: str) -> str:
+    inputs = [x, writer.weight(f"{name}.weight", layer.weight)]
+    if layer.bias is not None:
+        inputs.append(writer.bias(f"{name}.bias", layer.bias))
+    attributes = {
+        "kernel_shape": list(layer.weight.shape[2:]),
+        "strides": [layer.stride] * 2,
+        "pads": [layer.padding] * 4,
+        "group": layer.groups,
+    }
+    return writer.op("Conv", inputs, name, attributes)
+
+
+def _gain_pointwise(
+    writer: _Writer, name: str, layer: GainPointwise, xs: list[str], gains: list[str], bias: str
+) -> str:
+    y = bias
+    for group, (x, gain) in enumerate(zip(xs, gains, strict=True)):
+        conv = layer.convs[group]
+        assert isinstance(conv, FoldedConv)
+        scaled = writer.op("Mul", [_conv(writer, f"{name}.convs.{group}", conv, x), gain], f"{name}.scaled.{group}")
+        mixed = _mix(writer, f"{name}.mixed.{group}", scaled, len(conv.weight), layer.mixed)
+        y = writer.op("Add", [mixed, y], f"{name}.sum.{group}")
+    return y
+
+
+def _gain_depthwise(writer: _Writer, name: str, layer: GainDepthwise, x: str, gain: str) -> str:
+    scaled = writer.op("Mul", [_conv(writer, f"{name}.conv", layer.conv, x), gain], f"{name}.scaled")
+    mixed = _mix(writer, f"{name}.mixed", scaled, len(layer.conv.weight), layer.mixed)
+    return writer.op("Add", [mixed, writer.bias(f"{name}.bias", layer.bias, shape=(1, -1, 1, 1))], name)
+
+
+def _mix(writer: _Writer, name: str, x: str, channels: int, mixed: int) -> str:
+    """Sum each `mixed` neighbouring channels."""
+    if mixed == 1:
+        return x
+    outputs = channels // mixed
+    apart = writer.integers(f"shape_{outputs}_{mixed}_pixels", (0, outputs, mixed, -1))
+    parts = writer.op("Reshape", [x, apart], f"{name}.parts")
+    total = writer.op("ReduceSum", [parts, writer.integers("mixed_axis", (2,))], f"{name}.total", {"keepdims": 0})
+    return _as_map(writer, name, total, outputs, x)
+
+
+def _as_map(writer: _Writer, name: str, y: str, channels: int, like: str) -> str:
+    """Give (B, channels, pixels) the height and width of another map."""
+    size = writer.op("Shape", [like], f"{name}.size", {"start": 2})
+    channels_too = writer.integers(f"shape_{channels}", (0, channels))
+    shape = writer.op("Concat", [channels_too, size], f"{name}.shape", {"axis": 0})
+    return writer.op("Reshape", [y, shape], name)
+
+
+def _matmul_pointwise(
+    writer: _Writer, name: str, layer: MatmulPointwise, xs: list[str], gates: list[str], bias: str
+) -> str:
+    (x,) = xs
+    kernels, outputs = [], 0
+    for group, gate in enumerate(gates):
+        bank_OPI = layer.banks[group]
+        outputs, mixed, inputs = bank_OPI.shape
+        bank = writer.weight(f"{name}.banks.{group}", bank_OPI)
+        rows = writer.integers(f"shape_{outputs}_1_{mixed}", (0, outputs, 1, mixed))
+        gate = writer.op("Reshape", [gate, rows], f"{name}.gates.{group}")
+        kernel = writer.op("MatMul", [gate, bank], f"{name}.mixed.{group}")
+        flat = writer.integers(f"shape_{outputs}_{inputs}", (0, outputs, inputs))
+        kernels.append(writer.op("Reshape", [kernel, flat], f"{name}.kernel.{group}"))
+    kernel = _cat(writer, f"{name}.kernel", kernels, 2)
+    pixels = writer.op("Reshape", [x, writer.integers("shape_pixels", (0, 0, -1))], f"{name}.pixels")
+    y = writer.op("MatMul", [kernel, pixels], f"{name}.product")
+    return writer.op("Add", [_as_map(writer, f"{name}.map", y, outputs, x), bias], name)
+
+
+# What each step and each layer becomes; their arguments are those of the traced call.
+_STEPS: dict[Any, Callable[..., _Value]] = {
+    "chunk": _chunk,
+    "mean": _mean,
+    "sigmoid": _sigmoid,
+    "split": _split,
+    operator.getitem: _item,
+    operator.mul: _mul,
+    torch.cat: _cat,
+    F.max_pool2d: _max_pool,
+    F.relu: _relu,
+}
+_LAYERS: dict[type[nn.Module], Callable[..., str]] = {
+    FoldedConv: _conv,
+    GainDepthwise: _gain_depthwise,
+    GainPointwise: _gain_pointwise,
+    MatmulPointwise: _matmul_pointwise,
+    nn.Linear: _linear,
+}

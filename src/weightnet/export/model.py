@@ -1,0 +1,173 @@
+"""A network as a file for ONNX Runtime or OpenVINO, proven to give the network's numbers before it is written."""
+
+import dataclasses
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from weightnet import __version__
+from weightnet.errors import UsageError, WeightsError
+from weightnet.export.graph import OUTPUTS, build_graph
+from weightnet.export.parity import TOLERANCE, check_parity
+from weightnet.nn.fold import FoldedShuffleNetV2, fold
+from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.predict.engines import EXPORTED, LOGITS, open_exported, read_openvino
+from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
+from weightnet.zoo.state import variant_name
+from weightnet.zoo.weights import load
+
+PRECISIONS = tuple(TOLERANCE)
+
+
+def export_model(
+    model: ShuffleNetV2 | FoldedShuffleNetV2 | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    outputs: Sequence[str] = (LOGITS,),
+    progress: bool = True,
+) -> Card:
+    """Write a network, folded, as a file for ONNX Runtime (.onnx) or OpenVINO (.xml and .bin), and its card beside it.
+
+    The file takes any number of photos of any size from 32 px. Before it is written it is run in its runtime, and its
+    outputs are compared with the network's in double precision. The card lies beside it as OUT.json; with it, the file
+    is a model's name for `Classifier` and `weightnet predict`.
+
+    Args:
+        model: a network, folded or not, a name of `list_models()`, a run folder, or a weights file.
+        out: OUT.onnx or OUT.xml.
+        precision: "fp32"; or "fp16" for weights kept in half precision, in a file half as large: the numbers computed
+            with them are in single precision all the same.
+        outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of,
+            and "features", the last feature map.
+        progress: whether a download shows a progress bar on standard error.
+
+    Returns: the card; its `notes["exports"]` say what was compared.
+
+    Raises:
+        UsageError: an unknown suffix, precision or output, no such folder, or a card of another model in its place.
+        UnknownModelError: no model of this name.
+        WeightsError: the weights cannot be read, or the file does not give the network's numbers or cannot be written.
+        DownloadError: the weights cannot be fetched.
+        MissingDependencyError: onnx or the runtime is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from weightnet.predict.classifier import Classifier
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card = export_model("default", f"{folder}/small.onnx", outputs=["pre_logits"])
+        ...     Classifier(f"{folder}/small.onnx").card == card
+        True
+    """
+    out = Path(out)
+    outputs = _check_options(out, precision, outputs)
+    network, card = _network(model, progress)
+    card, exports = _beside(out, card)
+    with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
+        files = _write(network, Path(folder) / out.name, outputs, precision)
+        write_card(card, card_path(files[-1]))
+        errors = check_parity(network, open_exported(files[-1]), precision=precision)
+        runtime = EXPORTED[out.suffix][0]
+        exports[out.suffix] = {
+            "precision": precision,
+            "outputs": list(outputs),
+            "largest_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
+            "allowed_error": TOLERANCE[precision],
+            "checked_in": f"{runtime} {importlib.metadata.version(runtime)}",
+            "exporter": f"weightnet {__version__}",
+        }
+        card = dataclasses.replace(card, notes={**card.notes, "exports": exports})
+        _publish(files, out, card)
+    return card
+
+
+def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the outputs that the file will give, in order."""
+    if out.suffix not in EXPORTED:
+        raise UsageError(
+            f"The output's suffix must be {' or '.join(EXPORTED)}. Got out={out}. "
+            "Use .onnx for ONNX Runtime, .xml for OpenVINO."
+        )
+    if not out.parent.is_dir():
+        raise UsageError(f"The output's folder must exist. Got out={out}. Make the folder {out.parent} first.")
+    if out.is_dir():
+        raise UsageError(f"The output must be a file. Got the folder out={out}. Add a file name.")
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"precision must be {' or '.join(PRECISIONS)}. Got precision={precision!r}. Choose one of them."
+        )
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or isinstance(outputs, str):
+        raise UsageError(f"outputs must be names from {', '.join(OUTPUTS)}. Got outputs={outputs!r}. Choose of them.")
+    return tuple(name for name in OUTPUTS if name == LOGITS or name in outputs)
+
+
+def _network(
+    model: ShuffleNetV2 | FoldedShuffleNetV2 | str | os.PathLike[str], progress: bool
+) -> tuple[ShuffleNetV2 | FoldedShuffleNetV2, Card]:
+    if isinstance(model, str | os.PathLike):
+        network = load(model, pretrained=True, progress=progress)
+        return network, network.card
+    if not isinstance(model, ShuffleNetV2 | FoldedShuffleNetV2):
+        raise UsageError(
+            f"model must be a network of this package or a model's name. Got model={type(model).__name__}. "
+            "Use torch.onnx.export for others."
+        )
+    spec = model.spec
+    card = model.card or Card(variant_name(spec) or "network", spec, default_classes(spec.num_classes))
+    return model, card
+
+
+def _beside(out: Path, card: Card) -> tuple[Card, dict[str, Any]]:
+    """Return the card and what it says of other files of the same name, whose card lies in the same place."""
+    place = card_path(out)
+    others = [suffix for suffix in (".safetensors", *EXPORTED) if suffix != out.suffix]
+    others = [suffix for suffix in others if out.with_suffix(suffix).exists()]
+    plain = _without_exports(card)
+    if not others or not place.is_file():
+        return plain, {}
+    there = read_card(place)
+    if _without_exports(there) != plain:
+        raise UsageError(
+            f"The card's place must be free. Got out={out}, while {place.name} is the card of another model, "
+            f"{out.with_suffix(others[0]).name}. Choose another name."
+        )
+    exports = there.notes.get("exports")
+    return plain, dict(exports) if isinstance(exports, dict) else {}
+
+
+def _without_exports(card: Card) -> Card:
+    return dataclasses.replace(card, notes={name: note for name, note in card.notes.items() if name != "exports"})
+
+
+def _write(
+    network: ShuffleNetV2 | FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str
+) -> list[Path]:
+    """Write the exported files and return their paths, last the one by which they are opened."""
+    graph = path.with_suffix(".onnx")
+    half = precision == "fp16"
+    onnx_model = build_graph(fold(network), outputs, half_weights=half and path == graph)
+    graph.write_bytes(onnx_model.SerializeToString())
+    if path == graph:
+        return [graph]
+    converted = read_openvino(graph)
+
+    import openvino
+
+    openvino.save_model(converted, path, compress_to_fp16=half)
+    return [path.with_suffix(".bin"), path]
+
+
+def _publish(files: Sequence[Path], out: Path, card: Card) -> None:
+    """Put the files in their place, each whole or not at all."""
+    try:
+        if len(files) > 1:
+            out.unlink(missing_ok=True)  # an interruption must not leave the old .xml with the new .bin
+        for file in files:
+            write_atomically(out.with_suffix(file.suffix), file.read_bytes())
+        write_card(card, card_path(out))
+    except OSError as error:
+        raise WeightsError(f"The output must be writable. Got out={out}: {error}. Choose another place.") from error

@@ -1,0 +1,91 @@
+"""Whether an exported file gives the network's numbers, in the runtime that will run it."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from weightnet.errors import WeightsError
+from weightnet.images.transforms import Preprocess
+from weightnet.nn.fold import FoldedShuffleNetV2
+from weightnet.nn.shufflenet import ShuffleNetV2
+
+if TYPE_CHECKING:
+    from weightnet.predict.engines import Batch, ExportedEngine
+
+# How far an output may be from the network's in double precision, as a fraction of the output's largest magnitude.
+# Rounding to float32 moved the outputs of the twelve networks, with random weights and calibrated batch norms, by up
+# to 2.5e-5; weights rounded to half precision by up to 6e-2 there, and by 2e-3 in a trained network. A wrong gain,
+# channel or bias moves them by the order of 1.
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-1}
+
+BATCHES = (1, 2, 5)
+LARGER_PX = (32, 64)  # by how much the height and the width of the other size are larger than the card's
+
+
+def check_parity(
+    network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "ExportedEngine", *, precision: str
+) -> dict[str, float]:
+    """Compare every output of an exported file with the network in double precision.
+
+    The batches are 1, 2 and 5 photos of the card's size and 2 of another one: smooth random pictures, prepared as the
+    card says.
+
+    Args:
+        network: what the file was made of.
+        engine: what runs the file.
+        precision: a key of `TOLERANCE`.
+
+    Returns: the largest error of each output, as a fraction of the output's largest magnitude.
+
+    Raises: WeightsError where one is above the tolerance, or not a number.
+    """
+    exact = copy.deepcopy(network).double().eval()
+    crop = engine.card.preprocess.crop
+    larger = (crop + LARGER_PX[0], crop + LARGER_PX[1])
+    worst: dict[str, float] = {}
+    for batches, size in ((BATCHES, (crop, crop)), ((2,), larger)):
+        x_BCHW = _pictures(engine.card.preprocess, (max(batches), network.spec.in_channels, *size))
+        expected = _exact_outputs(exact, x_BCHW)
+        for batch in batches:
+            for name, got in engine.run_all(x_BCHW[:batch]).items():
+                error = _relative_error(got, expected[name][:batch])
+                worst[name] = float(np.maximum(worst.get(name, 0.0), error))  # keeps NaN
+    allowed = TOLERANCE[precision]
+    wrong = {name: error for name, error in worst.items() if not error <= allowed}
+    if wrong:
+        errors = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise WeightsError(
+            f"An exported file must give the network's numbers within {allowed:.0e} of their magnitude. Got a "
+            f"{precision} file that is off in {errors}; nothing was written. Check the weights"
+            + (", or export them as fp32." if precision != "fp32" else ".")
+        )
+    return worst
+
+
+def _pictures(preprocess: Preprocess, shape: tuple[int, ...]) -> "Batch":
+    """Return smooth random pictures, normalised as the card says."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (*shape[:2], 7, 7))
+    pixels_BCHW = F.interpolate(torch.from_numpy(coarse), shape[2:], mode="bicubic").clamp(0, 255)
+    if preprocess.mean is not None and preprocess.std is not None:
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (preprocess.mean, preprocess.std))
+        if len(mean) != shape[1]:  # not colour photos, of which alone a card knows the scale
+            mean, std = mean.mean(), std.mean()
+        pixels_BCHW = (pixels_BCHW - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+    return pixels_BCHW.float().numpy()
+
+
+@torch.no_grad()
+def _exact_outputs(network: ShuffleNetV2 | FoldedShuffleNetV2, x_BCHW: "Batch") -> dict[str, npt.NDArray[np.float64]]:
+    features = network.forward_features(torch.from_numpy(x_BCHW).double())
+    pre_logits, logits = network.forward_head(features, pre_logits=True), network.forward_head(features)
+    return {"logits": logits.numpy(), "pre_logits": pre_logits.numpy(), "features": features.numpy()}
+
+
+def _relative_error(got: "Batch", expected: npt.NDArray[np.float64]) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(got - expected).max() / np.abs(expected).max())

@@ -1,0 +1,91 @@
+"""The graph of a folded network: its structure, its names and its open sizes. Its numbers are tested in test_model."""
+
+import sys
+from collections import Counter
+
+import onnx
+import pytest
+
+from weightnet.errors import MissingDependencyError
+from weightnet.export.graph import OUTPUTS, build_graph
+from weightnet.nn.fold import fold
+
+NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
+
+
+def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def kinds_of(model: onnx.ModelProto) -> Counter:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_has_constant_convolutions_and_no_shuffle(small, name):
+    model = build_graph(fold(small(name)), OUTPUTS)
+    constants = constants_of(model)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) >= 10
+    assert all(set(node.input[1:]) <= set(constants) for node in convolutions)
+    assert not {"Transpose", "BatchNormalization", "Gather", "Cast"} & set(kinds_of(model))
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+@pytest.mark.parametrize("name", ["plain", "r1", "r1 one block"])
+def test_graph_for_static_weights_has_neither_reshapes_nor_products_of_kernels(small, name):
+    assert not {"Reshape", "MatMul", "Einsum", "Shape"} & set(kinds_of(build_graph(fold(small(name)), OUTPUTS)))
+
+
+def test_graph_makes_all_gates_of_a_block_by_one_product(small):
+    blocks = 7
+    kinds = kinds_of(build_graph(fold(small("r1")), ["logits"]))
+    assert (kinds["Gemm"], kinds["Sigmoid"]) == (2 * blocks + 1, blocks)
+
+
+@pytest.mark.parametrize("outputs", [["logits"], ["logits", "features"], list(OUTPUTS)])
+def test_graph_has_the_outputs_that_were_asked_for(small, outputs):
+    model = build_graph(fold(small("r1")), outputs)
+    assert [value.name for value in model.graph.output] == outputs
+
+
+def test_graph_leaves_batch_height_and_width_open(small):
+    model = build_graph(fold(small("r1")), OUTPUTS)
+    shapes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    assert shapes == {
+        "input": ["batch", 3, "height", "width"],
+        "logits": ["batch", 10],
+        "pre_logits": ["batch", 32],
+        "features": ["batch", 32, "features_height", "features_width"],
+    }
+
+
+def test_graph_is_of_a_version_that_runtimes_of_2023_read(small):
+    model = build_graph(fold(small("plain")), ["logits"])
+    assert ([(entry.domain, entry.version) for entry in model.opset_import], model.ir_version) == ([("", 18)], 8)
+
+
+def test_graph_keeps_weights_in_half_precision_and_biases_in_single(small):
+    folded = fold(small("r3 one block"))
+    full, half = (build_graph(folded, ["logits"], half_weights=half) for half in (False, True))
+    kinds = {True: onnx.TensorProto.FLOAT16, False: onnx.TensorProto.FLOAT}
+    for name, tensor in constants_of(half).items():
+        if tensor.data_type != onnx.TensorProto.INT64:
+            assert tensor.data_type == kinds[name.endswith(".half")], name
+            assert name.endswith(".half") == ("bias" not in name), name
+    sizes = [sum(len(tensor.raw_data) for tensor in constants_of(model).values()) for model in (half, full)]
+    assert sizes[0] < 0.56 * sizes[1]
+
+
+def test_graph_of_the_same_network_is_the_same_bytes(small):
+    first, second = (build_graph(fold(small("r2 four blocks")), OUTPUTS).SerializeToString() for _ in range(2))
+    assert first == second
+
+
+def test_graph_says_how_to_install_onnx(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'weightnet\[onnx\]'"):
+        build_graph(fold(small("r1")), ["logits"])

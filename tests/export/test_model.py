@@ -1,0 +1,236 @@
+"""Exported files give the network's numbers in their runtime, or are not written."""
+
+import copy
+import dataclasses
+import sys
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightnet.errors import MissingDependencyError, UnknownModelError, UsageError, WeightsError
+from weightnet.export import model as model_module
+from weightnet.export.model import export_model
+from weightnet.images.labels import ClassLabel
+from weightnet.nn.fold import fold
+from weightnet.nn.variants import VARIANTS
+from weightnet.zoo.cards import read_card, write_card
+
+NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
+SUFFIXES = (".onnx", ".xml")
+SHAPES = ((1, 3, 64, 64), (5, 3, 64, 64), (3, 3, 33, 97))
+
+
+def run(path, x):
+    """Run an exported file in its own runtime, by this test's own lines."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(None, {"input": x}), strict=True))
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {value.get_any_name(): array for value, array in compiled({"input": x}).items()}
+
+
+@torch.no_grad()
+def exact(network, x):
+    network = copy.deepcopy(network).double()
+    features = network.forward_features(x)
+    pre_logits, logits = network.forward_head(features, pre_logits=True), network.forward_head(features)
+    return {"logits": logits.numpy(), "pre_logits": pre_logits.numpy(), "features": features.numpy()}
+
+
+def assert_equal(path, network, x, *, tolerance):
+    outputs, expected = run(path, x.float().numpy()), exact(network, x)
+    assert list(outputs) == list(expected)
+    for name, value in expected.items():
+        assert outputs[name].shape == value.shape
+        np.testing.assert_allclose(outputs[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", NAMES)
+def test_export_gives_the_networks_numbers(small, make_pictures, tmp_path, name, suffix):
+    path = tmp_path / f"net{suffix}"
+    export_model(small(name), path, outputs=["pre_logits", "features"])
+    for shape in SHAPES:
+        assert_equal(path, small(name), make_pictures(*shape), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("form", ["feature", "matmul"])
+@pytest.mark.parametrize("name", ["r1", "r3 one block"])
+def test_export_takes_folded_networks_of_either_form(small, make_pictures, tmp_path, name, form):
+    export_model(fold(small(name), form=form), tmp_path / "net.onnx", outputs=["pre_logits", "features"])
+    for shape in SHAPES:
+        assert_equal(tmp_path / "net.onnx", small(name), make_pictures(*shape), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("shufflenet_v2_x0_5", ".onnx"),
+        ("shufflenet_v2_x0_5.wn8x", ".xml"),
+        ("shufflenet_v2_x1_0.wn4x", ".onnx"),
+        *(
+            pytest.param(name, suffix, marks=pytest.mark.full)
+            for name in VARIANTS
+            for suffix in SUFFIXES
+        ),
+    ],
+)  # fmt: skip
+def test_export_gives_the_numbers_of_the_zoos_networks(make_network, make_pictures, tmp_path, name, suffix):
+    network = make_network(VARIANTS[name].spec)
+    path = tmp_path / f"net{suffix}"
+    card = export_model(network, path, outputs=["pre_logits", "features"])
+    assert max(card.notes["exports"][suffix]["largest_error"].values()) < 1e-4
+    assert_equal(path, network, make_pictures(2, 3, 64, 96), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_export_in_half_precision_is_half_as_large_and_near(small, make_pictures, tmp_path, suffix):
+    network = small("r3 one block")
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        path = tmp_path / precision / f"net{suffix}"
+        path.parent.mkdir()
+        export_model(network, path, precision=precision, outputs=["pre_logits", "features"])
+        sizes[precision] = path.with_suffix(".bin" if suffix == ".xml" else suffix).stat().st_size
+    assert_equal(tmp_path / "fp16" / f"net{suffix}", network, make_pictures(*SHAPES[1]), tolerance=5e-2)
+    assert sizes["fp32"] - sizes["fp16"] > 0.4 * sum(p.nbytes for p in fold(network).parameters())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_export_takes_other_numbers_of_channels(small, make_network, make_pictures, tmp_path, suffix):
+    network = make_network(dataclasses.replace(small("r1").spec, in_channels=1, num_classes=3))
+    path = tmp_path / f"net{suffix}"
+    export_model(network, path, outputs=["pre_logits", "features"])
+    assert_equal(path, network, make_pictures(2, 1, 40, 50), tolerance=1e-4)
+
+
+def test_export_takes_a_network_in_training_and_leaves_it_so(small, make_pictures, tmp_path):
+    network = copy.deepcopy(small("r1")).train()
+    before = copy.deepcopy(network.state_dict())
+    export_model(network, tmp_path / "net.onnx", outputs=["pre_logits", "features"])
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert_equal(tmp_path / "net.onnx", small("r1"), make_pictures(*SHAPES[0]), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_export_refuses_to_write_a_file_that_is_wrong(small, tmp_path, monkeypatch, suffix, precision):
+    build_graph = model_module.build_graph
+
+    def build_wrongly(*args, **options):
+        graph = build_graph(*args, **options)
+        bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "stages.1.blocks.1.bias1")
+        bias.raw_data = bytes(len(bias.raw_data))
+        return graph
+
+    monkeypatch.setattr(model_module, "build_graph", build_wrongly)
+    (tmp_path / f"net{suffix}").write_bytes(b"old")
+    with pytest.raises(WeightsError, match="nothing was written"):
+        export_model(small("r1"), tmp_path / f"net{suffix}", precision=precision)
+    assert [path.name for path in tmp_path.iterdir()] == [f"net{suffix}"]
+    assert (tmp_path / f"net{suffix}").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_export_says_that_the_place_cannot_be_written(small, tmp_path, monkeypatch, suffix):
+    def fail(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_module, "write_atomically", fail)
+    with pytest.raises(WeightsError, match=r"The output must be writable\. .*No space left"):
+        export_model(small("plain"), tmp_path / f"net{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_never_leaves_an_old_xml_beside_a_new_bin(small, tmp_path, monkeypatch):
+    write_atomically = model_module.write_atomically
+
+    def stop_after_bin(path, data):
+        if path.suffix == ".xml":
+            raise KeyboardInterrupt
+        write_atomically(path, data)
+
+    export_model(small("plain"), tmp_path / "net.xml")
+    monkeypatch.setattr(model_module, "write_atomically", stop_after_bin)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(small("r1"), tmp_path / "net.xml")
+    assert not (tmp_path / "net.xml").exists()
+
+
+def test_export_writes_the_card_and_what_was_checked(small, tmp_path):
+    network = copy.deepcopy(small("r1"))
+    labels = tuple(ClassLabel(f"thing {index}") for index in range(10))
+    network.card = dataclasses.replace(network.card, classes=labels, notes={"said": "before"})
+    card = export_model(network, tmp_path / "net.onnx", precision="fp16", outputs=["features"])
+    assert read_card(tmp_path / "net.json") == card
+    assert dataclasses.replace(card, notes={"said": "before"}) == network.card
+    entry = card.notes["exports"][".onnx"]
+    assert (entry["precision"], entry["outputs"]) == ("fp16", ["logits", "features"])
+    assert entry["checked_in"] == f"onnxruntime {onnxruntime.__version__}"
+    assert 0 < entry["largest_error"]["features"] <= entry["allowed_error"]
+
+
+def test_export_names_a_network_without_a_card(small, tmp_path):
+    network = copy.deepcopy(small("plain"))
+    network.card = None
+    card = export_model(network, tmp_path / "net.onnx")
+    assert (card.name, card.network, card.classes[2].label) == ("network", network.spec, "class 2")
+
+
+def test_export_of_both_kinds_shares_one_card(small, tmp_path):
+    save_file(small("r1").state_dict(), tmp_path / "net.safetensors")
+    write_card(small("r1").card, tmp_path / "net.json")
+    for suffix in SUFFIXES:
+        export_model(tmp_path / "net.safetensors", tmp_path / f"net{suffix}")
+    assert list(read_card(tmp_path / "net.json").notes["exports"]) == [".onnx", ".xml"]
+
+
+def test_export_refuses_the_place_of_another_models_card(small, tmp_path):
+    export_model(small("r1"), tmp_path / "net.onnx")
+    before = (tmp_path / "net.json").read_bytes()
+    with pytest.raises(UsageError, match=r"net.json is the card of another model, net.onnx. Choose another name"):
+        export_model(small("plain"), tmp_path / "net.xml")
+    assert (tmp_path / "net.json").read_bytes() == before
+    card = export_model(small("plain"), tmp_path / "net.onnx")
+    assert read_card(tmp_path / "net.json") == card
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("net.pt", {}, r"suffix must be \.onnx or \.xml"),
+        ("net", {}, r"suffix must be \.onnx or \.xml"),
+        ("no/net.onnx", {}, "folder must exist"),
+        ("folder.onnx", {}, "must be a file"),
+        ("net.onnx", {"precision": "int8"}, r"precision must be fp32 or fp16\. Got precision='int8'"),
+        ("net.onnx", {"outputs": ["probabilities"]}, "outputs must be names from logits, pre_logits, features"),
+        ("net.onnx", {"outputs": "logits"}, "outputs must be names from"),
+    ],
+)
+def test_export_refuses_what_it_cannot_do(small, tmp_path, out, options, message):
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UsageError, match=message):
+        export_model(small("plain"), tmp_path / out, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_export_refuses_other_models(tmp_path):
+    with pytest.raises(UsageError, match=r"must be a network of this package .* Got model=Linear"):
+        export_model(torch.nn.Linear(1, 1), tmp_path / "net.onnx")  # type: ignore[arg-type]
+    with pytest.raises(UnknownModelError):
+        export_model("shufflenet_v3", tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".onnx", "onnxruntime"), (".xml", "openvino.frontend")])
+def test_export_says_which_runtime_is_missing(small, tmp_path, monkeypatch, suffix, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = suffix.replace("xml", "openvino").lstrip(".")
+    with pytest.raises(MissingDependencyError, match=rf"pip install 'weightnet\[{extra}\]'"):
+        export_model(small("plain"), tmp_path / f"net{suffix}")
+    assert list(tmp_path.iterdir()) == []
