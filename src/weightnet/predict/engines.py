@@ -140,11 +140,11 @@ class OnnxRuntimeEngine:
         except ImportError as error:
             raise _missing("onnxruntime", "onnx", error) from error
         self.card = _card_beside(path)
-        data = read_file(path, max_bytes=MAX_EXPORTED_BYTES)
+        read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is in the error that it raises; standard error is not ours
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has a dozen classes of errors, without a common base
             raise _unreadable(path, error) from error
         inputs = {value.name: _onnx_shape(value) for value in self._session.get_inputs()}
@@ -254,12 +254,12 @@ def read_openvino(path: str | os.PathLike[str]) -> "openvino.Model":
         from openvino.frontend import FrontEndManager
     except ImportError as error:
         raise _missing("openvino", "openvino", error) from error
-    read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: OpenVINO itself opens the path
+    read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
     try:
         # Unlike Core.read_model, this does not try the readers of all other formats on what it cannot read.
         reader = FrontEndManager().load_by_framework({".onnx": "onnx", ".xml": "ir"}[Path(path).suffix])
         return reader.convert(reader.load(os.fspath(path)))
-    except RuntimeError as error:
+    except Exception as error:  # its classes of errors have no common base either
         raise _unreadable(path, error) from error
 
 

@@ -1,0 +1,59 @@
+import pytest
+
+from weightnet.zoo.cards import read_card
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_export_writes_a_model_for_predict_and_shows_its_gist(weightnet, run_folder, photos, suffix):
+    outcome = weightnet("export", run_folder, f"net{suffix}", "--outputs", "features", "pre_logits")
+    assert (outcome.code, outcome.err) == (0, "")
+    first, size, outputs, checked, error = outcome.out.splitlines()
+    assert first == f"net{suffix}: tiny"
+    assert size.endswith(" MB, fp32")
+    assert outputs == "  outputs     logits, pre_logits, features"
+    runtime = "onnxruntime" if suffix == ".onnx" else "openvino"
+    assert checked.startswith(f"  checked in  {runtime} ")
+    assert error.startswith("  error       logits ")
+    assert error.endswith(" of the largest value (allowed: 1e-04)")
+    assert read_card("net.json").classes[2].label == "[red]fox[/red]"
+
+    rows = weightnet("predict", "a.png", "--model", f"net{suffix}", "--json").rows
+    expected = weightnet("predict", "a.png", "--model", run_folder, "--json").rows
+    assert [score["label"] for score in rows[0]["top"]] == [score["label"] for score in expected[0]["top"]]
+    for got, wanted in zip(rows[0]["top"], expected[0]["top"], strict=True):
+        assert got["probability"] == pytest.approx(wanted["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("suffix", "files"), [(".onnx", ["net.onnx"]), (".xml", ["net.xml", "net.bin"])])
+def test_export_gives_its_report_as_json(weightnet, run_folder, photos, suffix, files):
+    report = weightnet("export", run_folder, f"net{suffix}", "--precision", "fp16", "--json").rows
+    names = ["path", "bytes", "precision", "outputs", "largest_error", "allowed_error", "checked_in", "exporter"]
+    assert list(report) == names
+    assert (report["path"], report["precision"], report["outputs"]) == (f"net{suffix}", "fp16", ["logits"])
+    assert report["bytes"] == sum((photos / name).stat().st_size for name in files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "net.onnx"], "unknown model: "),
+        (["run", "net.tflite"], "usage: The output's suffix must be .onnx or .xml"),
+        (["run", "no/such/folder/net.onnx"], "usage: The output's folder must exist"),
+        (["run", "net.onnx", "--precision", "int8"], "usage: "),
+        (["run", "net.onnx", "--outputs", "probabilities"], "usage: "),
+        (["shufflenet_v2_x0_5.plain", "net.onnx"], "usage: Published weights must exist"),
+    ],
+)
+def test_export_says_what_it_cannot_do(weightnet, run_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    outcome = weightnet("export", *(run_folder if word == "run" else word for word in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"weightnet: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_says_what_is_wrong_with_an_exported_file(weightnet, photos):
+    (photos / "net.onnx").write_bytes(b"no model")
+    outcome = weightnet("predict", "a.png", "--model", "net.onnx")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("weightnet: weights: An exported file must have its card beside it. Got net.onnx")

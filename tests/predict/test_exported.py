@@ -1,0 +1,251 @@
+"""Exported files are models: the answers are those of the network, and what is wrong with a file is said."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import skimage.data
+import torch
+from onnx import TensorProto, helper
+
+from weightnet.errors import MissingDependencyError, UsageError, WeightsError
+from weightnet.export.model import export_model
+from weightnet.predict.classifier import Classifier
+from weightnet.predict.engines import OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, open_engine
+from weightnet.zoo.cards import read_card, write_card
+
+BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+WAYS = [(".onnx", "onnxruntime"), (".onnx", "openvino"), (".xml", "openvino")]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_network, tmp_path_factory) -> Path:
+    """A folder with the small network as net.onnx, and as net.xml."""
+    folder = tmp_path_factory.mktemp("exported")
+    for suffix in (".onnx", ".xml"):
+        export_model(tiny_network, folder / f"net{suffix}", outputs=["pre_logits"])
+    return folder
+
+
+@pytest.fixture
+def copied(exported, tmp_path) -> Path:
+    """A copy of it to change."""
+    return Path(shutil.copytree(exported, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_of_an_exported_file_gives_the_networks_logits(exported, tiny_network, suffix, engine):
+    runner = open_engine(exported / f"net{suffix}", engine=engine, device="cpu")
+    with torch.no_grad():
+        expected = tiny_network(torch.from_numpy(BATCH)).numpy()
+    for count in (5, 1, 3, 0):
+        logits = runner.run(BATCH[:count])
+        assert (logits.dtype, logits.shape) == (np.float32, (count, 5))
+        np.testing.assert_allclose(logits, expected[:count], atol=1e-4)
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_of_an_exported_file_gives_all_its_outputs(exported, tiny_network, suffix, engine):
+    outputs = open_engine(exported / f"net{suffix}", engine=engine).run_all(BATCH)
+    assert [(name, value.shape) for name, value in outputs.items()] == [("logits", (5, 5)), ("pre_logits", (5, 32))]
+    with torch.no_grad():
+        features = tiny_network.forward_features(torch.from_numpy(BATCH))
+        pooled = tiny_network.forward_head(features, pre_logits=True).numpy()
+    np.testing.assert_allclose(outputs["pre_logits"], pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_classifier_gives_the_same_answers_in_every_engine(tmp_path, suffix, engine):
+    path = tmp_path / f"default{suffix}"
+    export_model("default", path)
+    photos = [skimage.data.chelsea()[..., ::-1], skimage.data.coffee()[..., ::-1], skimage.data.astronaut()]
+    photos = [np.ascontiguousarray(photo) for photo in photos]
+    expected = Classifier("default", device="cpu")(photos, k=112)
+    got = Classifier(path, engine=engine, batch_size=2)(photos, k=112)
+    for one, two in zip(got, expected, strict=True):
+        assert [score.label for score in one.top[:5]] == [score.label for score in two.top[:5]]
+        probabilities = [{score.label: score.probability for score in answer.top} for answer in (one, two)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5, rel=0)
+
+
+def test_classifier_gives_nearly_the_same_answers_in_half_precision(tmp_path):
+    card = export_model("default", tmp_path / "half.onnx", precision="fp16", outputs=["pre_logits", "features"])
+    assert max(card.notes["exports"][".onnx"]["largest_error"].values()) < 5e-3  # as docs/deploy.md says
+    photo = np.ascontiguousarray(skimage.data.coffee()[..., ::-1])
+    one, two = (Classifier(model, device="cpu")(photo)[0].top[0] for model in (tmp_path / "half.onnx", "default"))
+    assert one.label == two.label
+    assert one.probability == pytest.approx(two.probability, abs=0.01)
+
+
+def test_engine_is_chosen_by_the_file(exported, tiny_network):
+    chosen = {name: type(open_engine(exported / f"net.{name}")) for name in ("onnx", "xml")}
+    assert chosen == {"onnx": OnnxRuntimeEngine, "xml": OpenVinoEngine}
+    assert type(open_engine(str(exported / "net.onnx"), engine="openvino")) is OpenVinoEngine
+    assert type(open_engine(tiny_network)) is TorchEngine
+
+
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [("net.onnx", "torch"), ("net.xml", "torch"), ("net.xml", "onnxruntime"), ("default", "onnxruntime")],
+)
+def test_engine_refuses_a_model_that_it_does_not_run(exported, monkeypatch, model, engine):
+    monkeypatch.chdir(exported)
+    with pytest.raises(
+        UsageError, match=rf"must be one that runs the model: .* Got engine='{engine}', model='{model}'"
+    ):
+        open_engine(model, engine=engine)
+
+
+def test_engine_refuses_a_network_in_an_engine_of_files(tiny_network):
+    with pytest.raises(UsageError, match="Got engine='openvino', model=a ShuffleNetV2"):
+        open_engine(tiny_network, engine="openvino")
+
+
+def test_engine_of_an_exported_file_has_no_gpu(exported):
+    with pytest.raises(UsageError, match=r"device must be auto or cpu for an exported file\. Got device='cuda'"):
+        open_engine(exported / "net.onnx", device="cuda")
+
+
+def test_run_folder_named_like_a_file_is_a_run_folder(copied, tiny_network, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "run.onnx"
+    folder.mkdir()
+    save_file(tiny_network.state_dict(), folder / "weights.safetensors")
+    write_card(tiny_network.card, folder / "weights.json")
+    assert type(open_engine(folder)) is TorchEngine
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino", "openvino.frontend"])
+def test_engine_names_the_extra_of_a_missing_package(exported, monkeypatch, package):
+    suffix, extra = (".onnx", "onnx") if package == "onnxruntime" else (".xml", "openvino")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"needs {package[:8]}.*pip install 'weightnet\[{extra}\]'"):
+        open_engine(exported / f"net{suffix}")
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_refuses_a_file_without_its_card(copied, suffix, engine):
+    (copied / "net.json").unlink()
+    with pytest.raises(WeightsError, match=rf"must have its card beside it. Got .*net\{suffix} without net.json"):
+        open_engine(copied / f"net{suffix}", engine=engine)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "other format"])
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_refuses_a_broken_file_and_says_so_once(copied, capfd, suffix, engine, damage):
+    path = copied / f"net{suffix}"
+    data = path.read_bytes()
+    other = (copied / ("net.xml" if suffix == ".onnx" else "net.onnx")).read_bytes()
+    path.write_bytes(
+        {"empty": b"", "text": b"no model\n" * 99, "half": data[: len(data) // 2], "other format": other}[damage]
+    )
+    with pytest.raises(WeightsError, match=r"An exported file must (be one that its runtime reads|take )") as raised:
+        open_engine(path, engine=engine)
+    assert len(str(raised.value)) < 600
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_engine_refuses_an_xml_file_without_its_weights(copied, damage):
+    weights = copied / "net.bin"
+    weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="must be one that its runtime reads"):
+        open_engine(copied / "net.xml")
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_refuses_the_card_of_another_model(copied, suffix, engine):
+    card = read_card(copied / "net.json")
+    spec = dataclasses.replace(card.network, num_classes=4)
+    write_card(dataclasses.replace(card, network=spec, classes=card.classes[:4]), copied / "net.json")
+    with pytest.raises(
+        WeightsError, match=r"give \(logits: any x 4\), .* gives \(logits: any x 5, pre_logits: any x 32"
+    ):
+        open_engine(copied / f"net{suffix}", engine=engine)
+
+
+STRANGERS = {
+    "other names": ({"image": [None, 3, 32, 32]}, {"scores": [None, 5]}),
+    "one photo": ({"input": [1, 3, 32, 32]}, {"logits": [1, 5]}),
+    "other size": ({"input": [None, 3, 224, 224]}, {"logits": [None, 5]}),
+    "channels last": ({"input": [None, 32, 32, 3]}, {"logits": [None, 5]}),
+    "two inputs": ({"input": [None, 3, 32, 32], "mask": [None, 5]}, {"logits": [None, 5]}),
+    "bytes": ({"input": [None, 3, 32, 32]}, {"logits": [None, 5]}),
+    "vectors": ({"input": [None, 5]}, {"logits": [None, 5]}),
+}
+
+
+def stranger(name: str) -> bytes:
+    """An intact ONNX file that is none of ours: its output is a constant for each photo."""
+    inputs, outputs = STRANGERS[name]
+    kind = TensorProto.UINT8 if name == "bytes" else TensorProto.FLOAT
+    (logits,) = outputs
+    first = next(iter(inputs))
+    nodes = [
+        helper.make_node("Shape", [first], ["size"], end=1),
+        helper.make_node("Concat", ["size", "five"], ["shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["shape"], [logits]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "stranger",
+        [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [helper.make_tensor("five", TensorProto.INT64, [1], [5])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", STRANGERS)
+def test_engine_refuses_a_file_of_another_model(copied, name, engine):
+    (copied / "net.onnx").write_bytes(stranger(name))
+    with pytest.raises(WeightsError, match=r"must take \(input: any x 3 x 32 x 32\) and give \(logits: any x 5\), as"):
+        open_engine(copied / "net.onnx", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_path, absolute, engine):
+    """An .onnx file may name files that hold its weights; a stranger's must not make us read any."""
+    model = onnx.load(copied / "net.onnx")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "classifier.weight")
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(tensor.raw_data)
+    fields = {"location": str(secret) if absolute else "../secret.bin", "length": str(secret.stat().st_size)}
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in fields.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    (copied / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(WeightsError, match="must be one that its runtime reads"):
+        open_engine(copied / "net.onnx", engine=engine)
+
+
+def test_openvino_engine_keeps_the_last_four_shapes(exported):
+    engine = OpenVinoEngine(exported / "net.xml")
+    for count in (1, 2, 3, 4, 1, 5):
+        engine.run(BATCH[:count])
+    assert [shape[0] for shape in engine._compiled] == [3, 4, 1, 5]
+    kept = engine._compiled[(3, 3, 32, 32)]
+    engine.run(BATCH[:3])
+    assert engine._compiled[(3, 3, 32, 32)] is kept
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_exported_file_is_run_without_pytorch(exported, suffix, engine):
+    code = (
+        "import sys, numpy as np, weightnet\n"
+        f"classifier = weightnet.Classifier({str(exported / f'net{suffix}')!r}, engine={engine!r})\n"
+        "assert classifier(np.zeros((50, 50, 3), np.uint8))[0].status == 'ok'\n"
+        "print(*{'torch', 'onnx'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (result.stdout.strip(), result.stderr) == ("", "")
