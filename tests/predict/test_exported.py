@@ -11,7 +11,7 @@ import onnx
 import pytest
 import skimage.data
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.export.model import export_model
@@ -145,17 +145,44 @@ def test_engine_refuses_a_broken_file_and_says_so_once(copied, capfd, suffix, en
     path.write_bytes(
         {"empty": b"", "text": b"no model\n" * 99, "half": data[: len(data) // 2], "other format": other}[damage]
     )
-    with pytest.raises(WeightsError, match=r"An exported file must (be one that its runtime reads|take )") as raised:
+    with pytest.raises(WeightsError, match=r"An exported file must (be one that its runtime runs|take )") as raised:
         open_engine(path, engine=engine)
     assert len(str(raised.value)) < 600
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("engine", "node"),
+    [("onnxruntime", "first_conv"), ("openvino", "stages.1.blocks.0.conv2"), ("openvino", "classifier")],
+)
+def test_engine_refuses_a_file_that_does_not_fit_together(copied, capfd, engine, node):
+    model = onnx.load(copied / "net.onnx")
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == f"{node}.weight")
+    array = numpy_helper.to_array(weight)
+    array = array[:, :, :2, :2] if node == "first_conv" else array[:-1]
+    weight.CopyFrom(numpy_helper.from_array(array.copy(), weight.name))
+    (copied / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(WeightsError, match=r"must be one that its runtime runs. Got .*net\.onnx: "):
+        open_engine(copied / "net.onnx", engine=engine).run(BATCH)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_openvino_engine_says_which_file_could_not_be_compiled(exported, monkeypatch):
+    engine = OpenVinoEngine(exported / "net.xml")
+
+    def fail(*_):
+        raise RuntimeError("Check 'size' failed\n\n")
+
+    monkeypatch.setattr(engine, "_compile", fail)
+    with pytest.raises(WeightsError, match=r"Got .*net\.xml: Check 'size' failed\. Export the model again"):
+        engine.run(BATCH)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_engine_refuses_an_xml_file_without_its_weights(copied, damage):
     weights = copied / "net.bin"
     weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="must be one that its runtime reads"):
+    with pytest.raises(WeightsError, match="must be one that its runtime runs"):
         open_engine(copied / "net.xml")
 
 
@@ -225,7 +252,7 @@ def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_pat
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
     (copied / "net.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(WeightsError, match="must be one that its runtime reads"):
+    with pytest.raises(WeightsError, match="must be one that its runtime runs"):
         open_engine(copied / "net.onnx", engine=engine)
 
 

@@ -69,7 +69,8 @@ def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> 
         UsageError: an unknown engine, one that does not run this model, a device that this machine or engine does not
             have, or a network without a card.
         UnknownModelError: no model of this name.
-        WeightsError, DownloadError: the weights cannot be read or fetched.
+        WeightsError, DownloadError: the weights cannot be read or fetched; that a file's graph does not fit together
+            may show only when it is run.
         MissingDependencyError: the engine's package is not installed.
 
     Example:
@@ -139,7 +140,7 @@ class OnnxRuntimeEngine:
             import onnxruntime
         except ImportError as error:
             raise _missing("onnxruntime", "onnx", error) from error
-        self.card = _card_beside(path)
+        self.card, self._path = _card_beside(path), path
         read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is in the error that it raises; standard error is not ours
@@ -156,13 +157,17 @@ class OnnxRuntimeEngine:
 
         Shape: (B, C, H, W) float32, prepared as the card says -> (B, K) float32.
         """
-        (logits,) = self._session.run([LOGITS], {INPUT: x_BCHW})
-        return logits  # type: ignore[no-any-return]
+        return self._run([LOGITS], x_BCHW)[LOGITS]
 
     def run_all(self, x_BCHW: Batch, /) -> dict[str, Batch]:
         """Return every output of the file by its name."""
-        names = list(self._outputs)
-        return dict(zip(names, self._session.run(names, {INPUT: x_BCHW}), strict=True))
+        return self._run(list(self._outputs), x_BCHW)
+
+    def _run(self, names: list[str], x_BCHW: Batch) -> dict[str, Batch]:
+        try:
+            return dict(zip(names, self._session.run(names, {INPUT: x_BCHW}), strict=True))
+        except Exception as error:  # a file that was read may still not fit together
+            raise _unreadable(self._path, error) from error
 
 
 class OpenVinoEngine:
@@ -179,7 +184,7 @@ class OpenVinoEngine:
             import openvino
         except ImportError as error:
             raise _missing("openvino", "openvino", error) from error
-        self.card = _card_beside(path)
+        self.card, self._path = _card_beside(path), path
         self._core, self._model = openvino.Core(), read_openvino(path)
         inputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.inputs}
         outputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.outputs}
@@ -197,7 +202,10 @@ class OpenVinoEngine:
 
     def run_all(self, x_BCHW: Batch, /) -> dict[str, Batch]:
         """Return every output of the file by its name."""
-        results = self._compile(x_BCHW.shape)(x_BCHW)
+        try:
+            results = self._compile(x_BCHW.shape)(x_BCHW)
+        except RuntimeError as error:  # a file that was read may still not fit together
+            raise _unreadable(self._path, error) from error
         return {value.get_any_name(): array for value, array in results.items()}
 
     def _compile(self, shape: tuple[int, ...]) -> "openvino.CompiledModel":
@@ -294,7 +302,7 @@ def _missing(package: str, extra: str, error: ImportError) -> MissingDependencyE
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> WeightsError:
     what = " ".join(str(error).split())[:300]  # runtimes write pages, with places in their own source
     return WeightsError(
-        f"An exported file must be one that its runtime reads. Got {path}: {what}. Export the model again."
+        f"An exported file must be one that its runtime runs. Got {path}: {what}. Export the model again."
     )
 
 
