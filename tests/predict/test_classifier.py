@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -256,6 +257,34 @@ def test_classifier_ranks_by_probability_then_class(classify, logits, k):
 
 def test_classifier_names_all_classes_when_asked_for_more(classify):
     assert len(classify(picture(1), k=1000)[0].top) == 5
+
+
+def test_stream_logits_gives_what_the_predictions_are_made_of(classify, tiny_network):
+    photos = [png(1), b"broken", picture(2)]
+    (_, first), (_, broken), (path, last) = classify.stream_logits(photos)
+    x_BCHW = np.stack([tiny_network.card.preprocess(picture(seed)) for seed in (1, 2)])
+    with torch.inference_mode():
+        expected = tiny_network(torch.from_numpy(x_BCHW)).numpy()
+    np.testing.assert_allclose([first, last], expected, rtol=1e-4, atol=1e-4)
+    assert path is None
+    assert "JPEG" in broken
+
+
+@pytest.mark.parametrize("sizes", [{"resize": 64, "crop": 48}, {"crop": 36}, {"resize": 50}])
+def test_classifier_takes_other_sizes_than_the_cards(tiny_network, sizes):
+    classifier = Classifier(tiny_network, device="cpu", **sizes)
+    preprocess = dataclasses.replace(tiny_network.card.preprocess, **sizes)
+    assert classifier.card.preprocess == preprocess
+    assert tiny_network.card.preprocess.crop == 32
+    ((_, logits),) = classifier.stream_logits(picture(1))
+    with torch.inference_mode():
+        expected = tiny_network(torch.from_numpy(preprocess(picture(1)))[None])[0].numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_refuses_a_crop_that_is_larger_than_the_photo(tiny_network):
+    with pytest.raises(UsageError, match=r"crop must be at most resize\. Got crop=64, resize=40"):
+        Classifier(tiny_network, device="cpu", crop=64)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, None])

@@ -97,6 +97,39 @@ def test_calibration_error_is_the_plain_recount(scored, bins):
     assert got == pytest.approx(expected, abs=1e-9)
 
 
+@settings(deadline=None)
+@given(scored_photos(), st.integers(1, 20))
+def test_reliability_explains_the_calibration_error(scored, bins):
+    logits, labels = scored
+    probabilities = metrics.softmax(logits)
+    rows = metrics.reliability(probabilities, labels, bins=bins)
+    confidences = probabilities.max(1)
+    for row in rows:
+        inside = (confidences > row.above) & (confidences <= row.up_to)
+        assert row.photos == inside.sum()
+        if row.photos:
+            assert row.confidence == pytest.approx(confidences[inside].mean())
+            assert row.accuracy == pytest.approx((probabilities.argmax(1) == labels)[inside].mean())
+        else:
+            assert row.confidence is row.accuracy is None
+    gaps = [row.photos * abs(row.confidence - row.accuracy) for row in rows if row.photos]
+    expected = metrics.expected_calibration_error(probabilities, labels, bins=bins)
+    assert sum(gaps) / len(labels) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(scored_photos())
+def test_summary_is_the_single_figures(scored):
+    logits, labels = scored
+    assert metrics.summary(logits, labels) == {
+        "top1": metrics.topk_accuracy(logits, labels),
+        "top5": metrics.topk_accuracy(logits, labels, k=5),
+        "class_averaged_top1": metrics.class_averaged_accuracy(logits.argmax(1), labels, logits.shape[1]),
+        "loss": metrics.cross_entropy(logits, labels),
+        "ece": metrics.expected_calibration_error(metrics.softmax(logits), labels),
+    }
+
+
 def test_calibration_error_of_a_right_and_sure_network_is_0():
     assert metrics.expected_calibration_error(np.eye(3, dtype=np.float32), np.arange(3)) == 0
 

@@ -18,6 +18,7 @@ from weightnet.predict.metrics import softmax
 _DECODE_THREADS = min(4, os.cpu_count() or 1)  # decoding takes less time than the network: more threads only add memory
 
 _Prepared: TypeAlias = "Batch | str"  # what the network takes, or what is wrong with the photo
+Outcome: TypeAlias = "Batch | str"  # the logits of one photo, or what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,12 @@ class Classifier:
         engine: what runs the network: "auto" or "torch".
         device: "auto" takes a GPU where there is one; "cpu", "cuda", "cuda:N" or "mps".
         batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
+        resize: short edge of the photos before the crop, in pixels; None takes the card's.
+        crop: edge of the square that the network sees, in pixels, at most `resize`; None takes the card's.
 
     Raises:
-        UsageError: an unknown engine or device, a batch size below 1, or a network that does not take colour photos.
+        UsageError: an unknown engine or device, a batch size below 1, impossible sizes, or a network that does not take
+            colour photos.
         UnknownModelError: no model of this name.
         WeightsError, DownloadError: the weights cannot be read or fetched.
 
@@ -94,12 +98,23 @@ class Classifier:
     """
 
     def __init__(
-        self, model: Model = "default", *, engine: str = "auto", device: str = "auto", batch_size: int = 16
+        self,
+        model: Model = "default",
+        *,
+        engine: str = "auto",
+        device: str = "auto",
+        batch_size: int = 16,
+        resize: int | None = None,
+        crop: int | None = None,
     ) -> None:
         _check_count("batch_size", batch_size)
         self.batch_size = batch_size
         self._engine = open_engine(model, engine=engine, device=device)
         self.card = self._engine.card
+        sizes = {name: size for name, size in (("resize", resize), ("crop", crop)) if size is not None}
+        if sizes:
+            preprocess = dataclasses.replace(self.card.preprocess, **sizes)  # type: ignore[arg-type]
+            self.card = dataclasses.replace(self.card, preprocess=preprocess)
         if self.card.network.in_channels != 3:
             raise UsageError(
                 "A network must take 3 channels to classify photos. "
@@ -129,12 +144,19 @@ class Classifier:
         Args and errors are those of a call.
         """
         _check_count("k", k)
+        return (self._prediction(path, outcome, k) for path, outcome in self.stream_logits(images))
+
+    def stream_logits(self, images: "ImageSource | Iterable[ImageSource]") -> "Iterator[tuple[str | None, Outcome]]":
+        """Yield each photo's path and its logits, or what is wrong with it; otherwise as `stream` does.
+
+        Shape: logits (K,) float32, all finite, in the order of the card's classes.
+        """
         alone = isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read")
         if alone or not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]  # type: ignore[list-item]
-        return self._stream(iter(images), k)  # type: ignore[arg-type]
+        return self._stream(iter(images))  # type: ignore[arg-type]
 
-    def _stream(self, images: Iterator[ImageSource], k: int) -> Iterator[Prediction]:
+    def _stream(self, images: Iterator[ImageSource]) -> "Iterator[tuple[str | None, Outcome]]":
         ahead: deque[tuple[str | None, Future[_Prepared] | _Prepared]] = deque()
         with ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="weightnet-decode") as threads:
             try:
@@ -144,7 +166,7 @@ class Classifier:
                     if not ahead:
                         return
                     batch = [ahead.popleft() for _ in range(min(self.batch_size, len(ahead)))]
-                    yield from self._classify(batch, k)
+                    yield from self._classify(batch)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
@@ -164,28 +186,30 @@ class Classifier:
             return f"a photo must be readable. Got {type(error).__name__}: {error}. Check the file."
 
     def _classify(
-        self, batch: list[tuple[str | None, "Future[_Prepared] | _Prepared"]], k: int
-    ) -> Iterator[Prediction]:
+        self, batch: list[tuple[str | None, "Future[_Prepared] | _Prepared"]]
+    ) -> "Iterator[tuple[str | None, Outcome]]":
         prepared = [(path, item.result() if isinstance(item, Future) else item) for path, item in batch]
         inputs = [x_CHW for _, x_CHW in prepared if not isinstance(x_CHW, str)]
         logits = iter(self._engine.run(np.stack(inputs)) if inputs else ())
         for path, item in prepared:
-            if isinstance(item, str):
-                yield Prediction(path, "error", item, ())
-            else:
-                yield self._prediction(path, next(logits), k)
+            yield path, item if isinstance(item, str) else _finite(next(logits))
 
-    def _prediction(self, path: str | None, logits_K: Batch, k: int) -> Prediction:
-        if not np.isfinite(logits_K).all():
-            text = (
-                "the network's output must be finite. Got NaN or infinity for this photo. "
-                "The weights are damaged or do not fit their preprocessing: get them again."
-            )
-            return Prediction(path, "error", text, ())
-        probabilities_K = softmax(logits_K[None])[0]
-        best = np.argsort(-logits_K, kind="stable")[:k]
+    def _prediction(self, path: str | None, outcome: Outcome, k: int) -> Prediction:
+        if isinstance(outcome, str):
+            return Prediction(path, "error", outcome, ())
+        probabilities_K = softmax(outcome[None])[0]
+        best = np.argsort(-outcome, kind="stable")[:k]
         scores = (ClassScore(self.card.classes[i].label, int(i), float(probabilities_K[i])) for i in best)
         return Prediction(path, "ok", None, tuple(scores))
+
+
+def _finite(logits_K: Batch) -> Outcome:
+    if np.isfinite(logits_K).all():
+        return logits_K
+    return (
+        "the network's output must be finite. Got NaN or infinity for this photo. "
+        "The weights are damaged or do not fit their preprocessing: get them again."
+    )
 
 
 def _path(image: ImageSource) -> str | None:

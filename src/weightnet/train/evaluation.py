@@ -67,16 +67,7 @@ def evaluate(
             f"{folder.root} must hold photos that can be read. Got none among {len(folder)}: {unreadable[0].reason}"
         )
     all_logits, all_labels = np.concatenate(logits), np.concatenate(labels)
-    classes = len(folder.classes)
-    figures = {
-        "photos": len(all_labels),
-        "unreadable": len(unreadable),
-        "top1": metrics.topk_accuracy(all_logits, all_labels, 1),
-        "top5": metrics.topk_accuracy(all_logits, all_labels, min(5, classes)),
-        "class_averaged_top1": metrics.class_averaged_accuracy(all_logits.argmax(1), all_labels, classes),
-        "loss": metrics.cross_entropy(all_logits, all_labels),
-        "ece": metrics.expected_calibration_error(metrics.softmax(all_logits), all_labels),
-    }
+    figures = {"photos": len(all_labels), "unreadable": len(unreadable), **metrics.summary(all_logits, all_labels)}
     return Evaluation(figures, unreadable)
 
 
