@@ -68,9 +68,10 @@ class Classifier:
     """Classifies photos by one model, which is loaded once.
 
     Args:
-        model: a name of `list_models()`, a run folder, a weights file, or a network with a card in `.card`, of which a
-            copy is taken.
-        engine: what runs the network: "auto" or "torch".
+        model: a name of `list_models()`, a run folder, a weights file, an exported file with its card beside it, or a
+            network with a card in `.card`, of which a copy is taken.
+        engine: what runs the network: "onnxruntime" or "openvino" for exported files, "torch" for all else; "auto"
+            takes what fits.
         device: "auto" takes a GPU where there is one; "cpu", "cuda", "cuda:N" or "mps".
         batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
         resize: short edge of the photos before the crop, in pixels; None takes the card's.
@@ -81,6 +82,7 @@ class Classifier:
             colour photos.
         UnknownModelError: no model of this name.
         WeightsError, DownloadError: the weights cannot be read or fetched.
+        MissingDependencyError: the engine's package is not installed.
 
     Example:
         >>> from weightnet.nn.shufflenet import ShuffleNetV2
