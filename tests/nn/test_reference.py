@@ -13,7 +13,7 @@ import weightnet
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.layers import Form, WeightNet2d, set_form
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.train.loop import parameter_groups
+from weightnet.train.step import parameter_groups
 from weightnet.zoo.megengine import to_torch_layout
 
 DATA = Path(__file__).parents[1] / "data"

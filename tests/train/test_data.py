@@ -35,7 +35,7 @@ def batches_of(
 ) -> list[Batch]:
     batches = EpochBatches(folder.labels, config)
     batches.epoch, batches.first_step = epoch, first_step
-    with data.cached(folder, config, run, never) as cache:
+    with data.cached(folder, config, run / "photos.cache", never) as cache:
         return list(data.training_loader(folder, batches, config, cache))
 
 
@@ -191,7 +191,8 @@ def test_photo_cache_can_be_stopped(photos: Path, tmp_path: Path, make_config: M
     def stop() -> None:
         raise KeyError
 
-    with pytest.raises(KeyError), data.cached(read_folders(photos)[0], make_config(cache=64), tmp_path, stop):
+    file, (folder, _) = tmp_path / "photos.cache", read_folders(photos)
+    with pytest.raises(KeyError), data.cached(folder, make_config(cache=64), file, stop):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -204,7 +205,7 @@ def test_cached_says_that_there_is_no_room(photos: Path, tmp_path: Path, make_co
     run = tmp_path if full else tmp_path / "missing"
     with (
         pytest.raises(TrainingError, match=r"room for decoded photos.*Make room, or lower cache"),
-        data.cached(folder, make_config(cache=64), run, never),
+        data.cached(folder, make_config(cache=64), run / "photos.cache", never),
     ):
         pass
     assert not list(tmp_path.iterdir())

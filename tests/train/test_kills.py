@@ -72,9 +72,9 @@ def test_fit_killed_with_workers_and_cache_ends_the_same(tmp_path: Path, make_co
     killed = start(config, signal=(6, signal.SIGKILL))
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
-    assert (tmp_path / "run" / "photos.cache").exists()
+    assert (tmp_path / "run" / "photos0.cache").exists()
     assert "measured" in outcome_of(start(config, resume=True), tmp_path)
-    assert not (tmp_path / "run" / "photos.cache").exists()
+    assert not (tmp_path / "run" / "photos0.cache").exists()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

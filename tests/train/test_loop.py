@@ -20,7 +20,8 @@ from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import VARIANTS
-from weightnet.train.loop import Progress, averaged_model, fit, parameter_groups
+from weightnet.train.loop import Progress, fit
+from weightnet.train.step import averaged_model, parameter_groups
 from weightnet.zoo.cards import read_card, write_card
 from weightnet.zoo.convert import convert
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from safetensors import safe_open
 from torch import nn
 
@@ -20,12 +21,14 @@ from weightnet.images.transforms import Preprocess
 from weightnet.train import data, teacher
 from weightnet.train.augment import cut, view_box
 from weightnet.train.folders import read_folders
-from weightnet.train.loop import Progress, _loss, fit
+from weightnet.train.loop import Progress, fit
+from weightnet.train.step import loss_of
 from weightnet.train.teacher import Student, load_teacher, teach
 
 from .conftest import MakeConfig, log_of, weights_of
 
 CPU = torch.device("cpu")
+FABRIC = Fabric(accelerator="cpu")
 
 
 def ignore(done: int, total: int) -> None:
@@ -98,7 +101,7 @@ def test_targets_are_the_teachers_probabilities(tmp_path: Path, make_config: Mak
     config = make_config(teacher=taught, teacher_views=2, teacher_size=40, interpolation="area")
     folder, _ = read_folders(config.data)
     targets = data.Targets(tmp_path / "targets")
-    teach(load_teacher(taught, CPU), targets, folder, config, None, CPU, ignore)
+    teach(load_teacher(taught, CPU), targets, folder, config, None, FABRIC, ignore)
     network = weightnet.load(taught)
     preprocess = weightnet.preprocess_for(network)
     for view, index in ((0, 0), (1, 20), (1, 35)):
@@ -136,7 +139,7 @@ def test_teach_gives_unreadable_photos_no_row(tmp_path: Path, own_photos: Path, 
     config = make_config(data=str(own_photos), teacher=run.out, teacher_views=1, teacher_size=32)
     folder, _ = read_folders(own_photos)
     targets = data.Targets(tmp_path / "targets")
-    teach(load_teacher(run.out, CPU), targets, folder, config, None, CPU, ignore)
+    teach(load_teacher(run.out, CPU), targets, folder, config, None, FABRIC, ignore)
     sums = np.array([targets[0, index].sum(dtype=np.float64) for index in range(36)])
     assert sums[12] == 0
     np.testing.assert_allclose(np.delete(sums, 12), 1, atol=2e-3)
@@ -150,8 +153,9 @@ def test_loss_is_that_of_labels_and_that_of_the_teacher(make_config: MakeConfig)
     config = make_config(teacher="any", teacher_weight=0.7, label_smoothing=0.0)
     own = -logits.log_softmax(1)[range(4), labels].mean()
     other = -(targets.float() * teacher_logits.log_softmax(1)).sum(1).mean()
-    assert _loss((logits, teacher_logits), labels, targets, config).item() == pytest.approx((own + 0.7 * other).item())
-    assert _loss(logits, labels, None, config).item() == pytest.approx(own.item())
+    both = loss_of((logits, teacher_logits), labels, targets.float(), config)
+    assert both.item() == pytest.approx((own + 0.7 * other).item())
+    assert loss_of(logits, labels, None, config).item() == pytest.approx(own.item())
 
 
 def test_student_gives_the_networks_own_logits() -> None:

@@ -1,6 +1,7 @@
 """`weightnet train`: every field of `TrainConfig` is a flag."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,8 @@ def train(
 
     with _reports() as report:
         card = fit(options, resume=resume, report=report)
-    results.write(printable(f"{options.out}: {figures(card.measured)}") + "\n")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, the first process speaks for all
+        results.write(printable(f"{options.out}: {figures(card.measured)}") + "\n")
     return 0
 
 

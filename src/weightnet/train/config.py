@@ -29,10 +29,15 @@ class TrainConfig:
         pretrained: weights to start from: a model name, run folder or file; its classifier is new where classes differ.
         epochs: passes over the training photos.
         batch_size: photos per step, at least 2; of what does not fill a last batch, each epoch leaves out other photos.
-        learning_rate: of the first step, for 128 photos; multiplied by batch_size / 128, then linear to 0.
+        accumulate: parts into which each step's photos are split, one after the other: less memory, other batch
+            statistics.
+        learning_rate: of the first step, for 128 photos; multiplied by batch_size / 128, then falling to 0.
+        schedule: "linear" or "cosine", the learning rate's way to 0.
         momentum: of stochastic gradient descent.
         weight_decay: on weights of more than one axis; biases and batch norms are free of it.
+        clip_norm: the largest norm that a step's gradient may have; 0 sets no limit.
         label_smoothing: share of the target spread over all classes.
+        mixup: alpha of the beta distribution by which photos of a batch are mixed in pairs; 0 mixes none.
         ema_decay: decay per step of the averaged weights that are evaluated and kept; it begins lower, so that the
             first weights are soon forgotten. 0 keeps the last weights.
         balance: 0 draws every photo once per epoch; 1 draws classes equally often; between them, by class size to the
@@ -75,10 +80,14 @@ class TrainConfig:
     pretrained: str | None = None
     epochs: int = 240
     batch_size: int = 128
+    accumulate: int = 1
     learning_rate: float = 0.0625
+    schedule: Literal["linear", "cosine"] = "linear"
     momentum: float = 0.9
     weight_decay: float = 4e-5
+    clip_norm: float = 0.0
     label_smoothing: float = 0.1
+    mixup: float = 0.0
     ema_decay: float = 0.0
     balance: float = 0.0
     teacher: str | None = None
@@ -108,16 +117,17 @@ class TrainConfig:
                 f"model must be the name of a network of the zoo. Got model={self.model!r}. "
                 f"{nearest(self.model, VARIANTS) or 'See `weightnet models`.'}"
             )
-        for name in ("epochs", "evaluate_every", "teacher_views"):
+        for name in ("epochs", "accumulate", "evaluate_every", "teacher_views"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.batch_size >= 2, "batch_size", "at least 2, for batch statistics", self.batch_size)
+        least = 2 * self.accumulate
+        _require(self.batch_size >= least, "batch_size", f"at least {least}, for batch statistics", self.batch_size)
         for name in ("train_size", "teacher_size", "crop"):
             _require(getattr(self, name) >= MIN_SIZE_PX, name, f"at least {MIN_SIZE_PX} px", getattr(self, name))
         for name in ("momentum", "label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("balance", "jitter"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
-        for name in ("workers", "seed", "weight_decay", "teacher_weight", "checkpoint_minutes"):
+        for name in ("workers", "seed", "weight_decay", "clip_norm", "mixup", "teacher_weight", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.cache == 0 or self.cache >= self.train_size, "cache", "0, or at least train_size", self.cache)
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)

@@ -215,10 +215,19 @@ def epoch_order(labels: npt.NDArray[np.int64], *, seed: int, epoch: int, balance
 
 
 class EpochBatches:
-    """The places of one epoch, batch by batch, from a given step on; set `epoch` and `first_step` before each pass."""
+    """The places of one epoch, batch by batch, from a given step on; set `epoch` and `first_step` before each pass.
 
-    def __init__(self, labels: npt.NDArray[np.int64], config: TrainConfig) -> None:
+    Args:
+        labels: class index of each photo.
+        config: the options of the run.
+        process, processes: which share of each batch, of how many.
+    """
+
+    def __init__(
+        self, labels: npt.NDArray[np.int64], config: TrainConfig, *, process: int = 0, processes: int = 1
+    ) -> None:
         self.labels, self.config = labels, config
+        self.process, self.processes = process, processes
         self.epoch, self.first_step = 0, 0
         self.steps = max(1, len(labels) // config.batch_size)  # an incomplete last batch is left out
 
@@ -229,8 +238,9 @@ class EpochBatches:
         config = self.config
         order = epoch_order(self.labels, seed=config.seed, epoch=self.epoch, balance=config.balance)
         for step in range(self.first_step, self.steps):
-            positions = range(step * config.batch_size, min((step + 1) * config.batch_size, len(order)))
-            yield [(self.epoch, position, int(order[position])) for position in positions]
+            positions = np.arange(step * config.batch_size, min((step + 1) * config.batch_size, len(order)))
+            share = np.array_split(positions, self.processes)[self.process]
+            yield [(self.epoch, int(position), int(order[position])) for position in share]
 
 
 def collate(samples: list[Crop | Unreadable]) -> Batch:
@@ -287,16 +297,15 @@ def _loader(photos: Dataset[Any], workers: int, *, batch_sampler: Iterable[list[
 
 @contextlib.contextmanager
 def cached(
-    folder: PhotoFolder, config: TrainConfig, run: Path, check_stop: Callable[[], None]
+    folder: PhotoFolder, config: TrainConfig, file: Path, check_stop: Callable[[], None]
 ) -> Iterator[PhotoCache | None]:
-    """Within the block, the decoded photos lie in the run folder if the configuration asks for it.
+    """Within the block, the decoded photos lie in a file of the run folder if the configuration asks for it.
 
     Raises: TrainingError where they have no room there.
     """
     if not config.cache:
         yield None
         return
-    file = run / "photos.cache"
     try:
         try:
             cache = PhotoCache(folder, file, config.cache, check_stop)

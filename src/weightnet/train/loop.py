@@ -3,23 +3,23 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from weightnet.errors import DataError, MissingDependencyError, TrainingError, UsageError
 from weightnet.train import data
 from weightnet.train.config import TrainConfig
-from weightnet.train.evaluation import evaluate, network_input
+from weightnet.train.data import Unreadable
+from weightnet.train.evaluation import evaluate
 from weightnet.train.folders import PhotoFolder, read_folders
 from weightnet.train.run import RunFolder, RunState, diverged
+from weightnet.train.step import averaged_model, draw_from, parameter_groups, update
 from weightnet.train.teacher import Student, Teacher, load_teacher, teach
 from weightnet.zoo.cards import Card
 from weightnet.zoo.weights import load
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_SKIPPED_STEPS = 20  # in a row, before the photos count as gone
 
 Report = Callable[["Progress"], None]
+CheckStop = Callable[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,9 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
     Ctrl-C and SIGTERM save the run and end it with a TrainingError. Photos that cannot be read are left out, counted,
     and listed in the run folder's `unreadable.csv`.
 
+    Under `torchrun` the processes share each step's photos: each has batch statistics of its own, as the original's
+    eight had, and the gradients are averaged. The first evaluates and writes the run folder, which all must see.
+
     Args:
         config: the options of the run.
         resume: go on from the run folder's checkpoint, where it has one; on a CPU the result is the uninterrupted
@@ -88,20 +92,24 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
     Source: megvii-model/WeightNet, `train.py`.
     """
     train_photos, val_photos = read_folders(config.data)
+    fabric = start_fabric(config)
+    first = fabric.is_global_zero
     with (
-        RunFolder.open(config, train_photos, resume=resume) as run,
+        _process_group(fabric),
+        RunFolder.open(config, train_photos, resume=resume, writes=first) as run,
         _stop_requests() as check_stop,
-        _own_random_numbers(fabric := start_fabric(config)),
+        _own_random_numbers(fabric),
     ):
+        begun = fabric.broadcast(run.begun)
         teacher = None if config.teacher is None else load_teacher(config.teacher, fabric.device)
         targets = data.Targets(run.path / "teacher")
-        state, model = _start(fabric, config, len(train_photos.classes), teacher, begun=run.begun)
-        if run.begun:
+        state, model = _start(fabric, config, len(train_photos.classes), teacher, begun=begun)
+        if begun:
             run.restore(state)
         else:
             run.save(state)  # a folder that cannot be written shows before the first step
         try:
-            _train(fabric, model, teacher, targets, state, run, val_photos, report, check_stop)
+            _train(fabric, model, teacher, targets, state, run, val_photos, report if first else _ignore, check_stop)
         except _StoppedError as request:
             run.save(state)
             raise TrainingError(f"The run was stopped at step {state.step} and saved. Resume it to go on.") from request
@@ -112,7 +120,8 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
                 f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
                 "resume, with fewer workers or more memory."
             ) from error
-        targets.remove()  # a finished run needs them no more
+        if first:
+            targets.remove()  # a finished run needs them no more
     return run.card(state)
 
 
@@ -132,14 +141,45 @@ def start_fabric(config: TrainConfig) -> "Fabric":
         raise UsageError("device must be one that PyTorch finds here. Got device='cuda'. Use auto or cpu.")
     if config.precision == "16-mixed" and (config.device == "cpu" or not has_gpu):
         raise UsageError("precision must be 32-true or bf16-mixed without a GPU. Got precision='16-mixed'. Use these.")
-    return Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
+    if config.batch_size % processes or config.batch_size // processes < 2 * config.accumulate:
+        raise UsageError(
+            f"batch_size must be a multiple of the number of processes, with {2 * config.accumulate} photos for each. "
+            f"Got batch_size={config.batch_size} for {processes} processes. Choose another."
+        )
+    if processes == 1:
+        return Fabric(accelerator=config.device, devices=1, precision=config.precision)
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    return Fabric(
+        accelerator=config.device, devices=here, num_nodes=processes // here, strategy="ddp", precision=config.precision
+    )
+
+
+@contextlib.contextmanager
+def _process_group(fabric: "Fabric") -> Iterator[None]:
+    """Within the block, the processes of a run on several of them can talk to each other."""
+    fabric.launch()
+    yield
+    fabric.barrier()  # a process that ends early breaks the connections of the others
+
+
+def _any_process(fabric: "Fabric", flag: bool) -> bool:
+    """Return whether any process says so; all must ask at the same point."""
+    if fabric.world_size == 1:
+        return flag
+    said = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="max")
+    return bool(said)
+
+
+def _ignore(progress: Progress) -> None:
+    """Report nothing, where another process does."""
 
 
 def _start(
     fabric: "Fabric", config: TrainConfig, num_classes: int, teacher: Teacher | None, *, begun: bool
 ) -> tuple[RunState, nn.Module]:
     """Return the state of a run that begins, and the network as Fabric runs it in training."""
-    _draw_from(fabric, config.seed, 0)
+    draw_from(fabric, config.seed, 0)
     pretrained = False if begun or config.pretrained is None else config.pretrained
     network = load(config.model, pretrained=pretrained, num_classes=num_classes)
     preprocess = config.preprocess
@@ -157,35 +197,6 @@ def _start(
     return state, model
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the original's two groups: weights of more than one axis decay, biases and batch norms do not.
-
-    Example:
-        >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 3), 4e-5)]
-        [1, 1]
-
-    Source: megvii-model/WeightNet, `train.py`.
-    """
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    free = [p for p in network.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def averaged_model(network: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a network, batch statistics included.
-
-    The decay of update n is at most (1 + n) / (10 + n), so that the average of a short run is not that of its start.
-
-    Source: the ramp of TensorFlow's `ExponentialMovingAverage`.
-    """
-
-    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
-        n = float(updates)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, updates)  # type: ignore[no-untyped-call]
-
-    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
-
-
 def _train(
     fabric: "Fabric",
     model: nn.Module,
@@ -195,11 +206,11 @@ def _train(
     run: RunFolder,
     val_photos: PhotoFolder,
     report: Report,
-    check_stop: Callable[[], None],
+    check_stop: "CheckStop",
 ) -> None:
     """Bring a run from where it is to its end."""
     config = run.config
-    batches = data.EpochBatches(run.photos.labels, config)
+    batches = data.EpochBatches(run.photos.labels, config, process=fabric.global_rank, processes=fabric.world_size)
     total_steps = config.epochs * batches.steps
 
     def evaluate_if_due() -> None:
@@ -208,9 +219,12 @@ def _train(
         measured_at = state.history[-1]["step"] if state.history else 0
         if rest or not wanted or measured_at == state.step:
             return
-        row = _evaluation_row(state, epoch, val_photos, config, check_stop)
-        report(Progress(state.step, total_steps, epoch, row["train_loss"], 0.0, len(state.unreadable), row))
-        run.save(state)
+        _gather_unreadable(fabric, state)
+        if fabric.is_global_zero:
+            row = _evaluation_row(state, epoch, val_photos, config, check_stop)
+            report(Progress(state.step, total_steps, epoch, row["train_loss"], 0.0, len(state.unreadable), row))
+            run.save(state)
+        state.history = fabric.broadcast(state.history)
 
     def report_taught(done: int, total: int) -> None:
         report(Progress(state.step, total_steps, 0, 0.0, 0.0, len(state.unreadable), taught=(done, total)))
@@ -219,9 +233,9 @@ def _train(
     evaluate_if_due()  # the run may have been stopped between an epoch's last step and its evaluation
     if state.step == total_steps:
         return
-    with data.cached(run.photos, config, run.path, check_stop) as cache:
+    with data.cached(run.photos, config, run.path / f"photos{fabric.global_rank}.cache", check_stop) as cache:
         if teacher is not None:
-            teach(teacher, targets, run.photos, config, cache, fabric.device, report_taught)
+            teach(teacher, targets, run.photos, config, cache, fabric, report_taught)
         loader = data.training_loader(run.photos, batches, config, cache, targets if teacher is not None else None)
         while state.step < total_steps:
             batches.epoch, batches.first_step = divmod(state.step, batches.steps)
@@ -230,7 +244,7 @@ def _train(
                 for loss, photos_per_s in steps:
                     unreadable = len(state.unreadable)
                     report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
-                    check_stop()
+                    check_stop(fabric)
                     if run.seconds_since_save > 60 * config.checkpoint_minutes:
                         run.save(state)
             evaluate_if_due()
@@ -240,47 +254,36 @@ def _epoch_steps(
     fabric: "Fabric", model: nn.Module, loader: Any, state: RunState, config: TrainConfig, total_steps: int
 ) -> Generator[tuple[float, float]]:
     """Do the rest of an epoch, a step at a time; yield each step's loss and photos per second."""
-    optimizer = state.optimizer
     max_skipped = min(MAX_SKIPPED_STEPS, total_steps // config.epochs)
     begun_at = time.monotonic()
-    for photos, labels, unreadable, targets in loader:
-        state.note_unreadable(unreadable)
-        if len(photos) < 2:  # too few for batch statistics
+    for batch in loader:
+        photos = len(batch.photos)
+        state.note_unreadable(batch.unreadable)
+        if _any_process(fabric, photos < 2):  # too few for batch statistics
             state.step, state.skipped = state.step + 1, state.skipped + 1
             if state.skipped >= max_skipped:
+                last = batch.unreadable[-1] if batch.unreadable else Unreadable("a photo", "another process says why.")
                 raise DataError(
                     f"train/ must hold photos that can be read. Got {state.skipped} steps in a row without two. "
-                    f"The last one: {unreadable[-1].name}: {unreadable[-1].reason}"
+                    f"The last one: {last.name}: {last.reason}"
                 )
             continue
-        for group in optimizer.param_groups:
-            group["lr"] = config.peak_learning_rate * (1 - state.step / total_steps)
-        _draw_from(fabric, config.seed, 1, state.step)  # dropout
-        model.train()
-        outputs = model(network_input(photos.to(fabric.device), state.preprocess))
-        loss = _loss(outputs, labels.to(fabric.device), targets, config)
-        if not math.isfinite(loss.item()):
-            raise diverged(f"loss={loss.item()} at step {state.step}")
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        if state.average is not None:
-            state.average.update_parameters(state.network)
+        loss = update(fabric, model, state, batch, config, total_steps)
         state.step, state.skipped = state.step + 1, 0
-        state.loss_sum += loss.item() * len(photos)
-        state.loss_photos += len(photos)
+        state.loss_sum += loss * photos
+        state.loss_photos += photos
         now = time.monotonic()
-        yield loss.item(), len(photos) / (now - begun_at)
+        yield loss, photos / (now - begun_at)
         begun_at = time.monotonic()
 
 
-def _loss(outputs: Any, labels: Tensor, targets: Tensor | None, config: TrainConfig) -> Tensor:
-    """Return the loss of a batch: against its labels and, where a teacher has given targets, against these too."""
-    if targets is None:
-        return F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing)
-    logits, teacher_logits = outputs
-    to_teacher = F.cross_entropy(teacher_logits, targets.to(labels.device, torch.float32))
-    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing) + config.teacher_weight * to_teacher
+def _gather_unreadable(fabric: "Fabric", state: RunState) -> None:
+    """Note the unreadable photos of all processes in each of them."""
+    if fabric.world_size > 1:
+        theirs: list[dict[str, str]] = [{} for _ in range(fabric.world_size)]
+        torch.distributed.all_gather_object(theirs, state.unreadable)
+        for unreadable in theirs:
+            state.unreadable.update(unreadable)
 
 
 def _evaluation_row(
@@ -304,14 +307,6 @@ def _evaluation_row(
     return row
 
 
-def _draw_from(fabric: "Fabric", *key: int) -> None:
-    """Make the random numbers that follow a function of the key alone, so that no generator needs to be saved."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(seed)
-    if fabric.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
 @contextlib.contextmanager
 def _own_random_numbers(fabric: "Fabric") -> Iterator[None]:
     """Leave the caller's random numbers as they are."""
@@ -320,8 +315,11 @@ def _own_random_numbers(fabric: "Fabric") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], None]]:
-    """Within the block, SIGTERM and Ctrl-C do nothing until the yielded function is called, which then raises."""
+def _stop_requests() -> Iterator["CheckStop"]:
+    """Within the block, SIGTERM and Ctrl-C do nothing until the yielded function is called, which then raises.
+
+    Given Fabric, it raises in all processes where one of them was asked to stop.
+    """
     received: list[int] = []
     try:
         before = {
@@ -331,8 +329,8 @@ def _stop_requests() -> Iterator[Callable[[], None]]:
     except ValueError:  # only the main thread can handle signals; elsewhere they keep their meaning
         before = {}
 
-    def check_stop() -> None:
-        if received:
+    def check_stop(together: "Fabric | None" = None) -> None:
+        if bool(received) if together is None else _any_process(together, bool(received)):
             raise _StoppedError
 
     try:

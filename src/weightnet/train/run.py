@@ -115,22 +115,29 @@ class RunFolder:
         path: where it is.
         config: the options of the run.
         photos: what it trains on.
+        writes: whether this process writes the folder; of a run on several processes, one does.
         saved_at: when it was last saved, on the monotonic clock, in seconds.
     """
 
     path: Path
     config: TrainConfig
     photos: PhotoFolder
+    writes: bool = True
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: TrainConfig, photos: PhotoFolder, *, resume: bool) -> Iterator["RunFolder"]:
-        """Hold the run folder, made where it is missing, within the block.
+    def open(
+        cls, config: TrainConfig, photos: PhotoFolder, *, resume: bool, writes: bool = True
+    ) -> Iterator["RunFolder"]:
+        """Hold the run folder, made where it is missing, within the block; without `writes`, just look at it.
 
         Raises: TrainingError where it cannot be made, another process holds it, or it has a run that is not resumed.
         """
-        run = cls(Path(config.out), config, photos)
+        run = cls(Path(config.out), config, photos, writes)
+        if not writes:
+            yield run
+            return
         lock = filelock.FileLock(run.path / ".lock", timeout=LOCK_TIMEOUT_S)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -180,11 +187,13 @@ class RunFolder:
             raise _damaged(path, error) from error
 
     def save(self, state: RunState) -> None:
-        """Write the state, the model as it is now, its card and the log.
+        """Write the state, the model as it is now, its card and the log, if this process is to.
 
         Raises: TrainingError where the state has run off to infinity or a file cannot be written; the last checkpoint
             is intact then.
         """
+        if not self.writes:
+            return
         saved = {"config": dataclasses.asdict(self.config), "photos": self.photos.digest(), **state.to_dict()}
         if not all(_finite(saved[name]) for name in ("network", "average", "teacher_head") if name in saved):
             raise diverged(f"weights that are not at step {state.step}")

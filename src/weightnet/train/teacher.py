@@ -12,8 +12,9 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; the
 import dataclasses
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,11 @@ from weightnet.train.evaluation import network_input
 from weightnet.train.folders import PhotoFolder
 from weightnet.zoo.weights import load
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 TEACHER_BATCH = 64
+WAIT_S = 0.2  # between looks at what other processes have done
 
 Report = Callable[[int, int], None]
 
@@ -121,10 +126,12 @@ def teach(
     photos: PhotoFolder,
     config: TrainConfig,
     cache: PhotoCache | None,
-    device: torch.device,
+    fabric: "Fabric",
     report: Report,
 ) -> None:
     """Write the teacher's probabilities of all views; views that are there already stay as they are.
+
+    Several processes take turns at the views, and each waits until all are there.
 
     Args:
         report: called after each batch with the crops done, and of how many; what it raises ends the work.
@@ -132,7 +139,7 @@ def teach(
     Raises: TrainingError where a file cannot be written.
     """
     total = config.teacher_views * len(photos)
-    for view in range(config.teacher_views):
+    for view in range(fabric.global_rank, config.teacher_views, fabric.world_size):
         if targets.file(view).exists():
             continue
         part = targets.folder / f".view{view}.part"
@@ -142,7 +149,7 @@ def teach(
                 shape = len(photos), teacher.num_classes
                 header = {"descr": "<f2", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for start, rows in _view_rows(teacher, photos, config, cache, view, device):
+                for start, rows in _view_rows(teacher, photos, config, cache, view, fabric.device):
                     file.write(rows.tobytes())
                     report(view * len(photos) + start + len(rows), total)
                 file.flush()
@@ -153,6 +160,9 @@ def teach(
                 f"The run folder must have room for the teacher's probabilities. Got {part}: {error}. "
                 "Make room and resume, or start a new run with fewer teacher_views."
             ) from error
+    while not all(targets.file(view).exists() for view in range(config.teacher_views)):
+        report(0, total)  # stops this process where it shall
+        time.sleep(WAIT_S)
 
 
 def _view_rows(
