@@ -13,7 +13,9 @@ from weightnet.cli import main
 FOLDER = Path(__file__).parents[1] / "tests" / "expect" / "cli"
 TEXTS = {
     "help.txt": ["--help"],
-    **{f"help_{name}.txt": [name, "--help"] for name in ("predict", "models", "convert", "export", "train")},
+    **{
+        f"help_{name}.txt": [name, "--help"] for name in ("predict", "models", "convert", "evaluate", "export", "train")
+    },
     "models.txt": ["models", "shufflenet*"],
 }
 

@@ -17,7 +17,7 @@ from weightnet import __version__, cli
 from weightnet.errors import WeightsWarning
 
 EXPECT = Path(__file__).parents[1] / "expect" / "cli"
-HELP = ("", "predict", "models", "convert", "export", "train")
+HELP = ("", "predict", "models", "convert", "evaluate", "export", "train")
 
 
 # A variable that some machines set, and that hides what is left in buffers.
@@ -73,6 +73,7 @@ def test_help_takes_less_than_half_a_second_of_cpu():
         ("convert a.pkl", "OUT"),
         ("convert a.pkl b.safetensors --pixels rwa", 'Did you mean "raw"?'),
         ("models a b", "Unused Tokens"),
+        ("evaluate default data --reprot a.html", "Did you mean --report?"),
         ("train --epohcs 3", "Did you mean --epochs?"),
     ],
 )

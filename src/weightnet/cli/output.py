@@ -232,15 +232,16 @@ class _TerminalRows:
 
 
 @contextmanager
-def progress(total: int | None) -> Iterator[Callable[[], None]]:
+def progress(total: int | None, *, rows: bool = True) -> Iterator[Callable[[], None]]:
     """Show a progress bar on standard error while the work is long; call what this gives once for each photo.
 
     There is none where standard error is no terminal, nor where the rows themselves are seen to come on one.
 
     Args:
         total: how many photos there are; None where it is not known.
+        rows: whether a row is written to standard output for each photo.
     """
-    if not sys.stderr or not sys.stderr.isatty() or (sys.stdout and sys.stdout.isatty()):
+    if not sys.stderr or not sys.stderr.isatty() or (rows and sys.stdout and sys.stdout.isatty()):
         yield lambda: None
         return
     from rich.console import Console
