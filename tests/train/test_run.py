@@ -64,7 +64,7 @@ def test_save_writes_the_checkpoint_last(make_config: MakeConfig, fail_at: Any) 
     names = fail_at(0, None)
     fit(make_config(epochs=1))
     start = ["config.yaml", "weights.json", "weights.safetensors", "weights.json"]
-    assert names == [*start, "checkpoint.pt", *start, "log.csv", "checkpoint.pt"]
+    assert names == [*start, "checkpoint.pt", *start, "log.csv", "checkpoint.pt", "curves.png"]
 
 
 @pytest.mark.parametrize("write", range(1, WRITES + 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
@@ -182,3 +182,16 @@ def test_convert_of_a_damaged_file_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"source\.pkl"):
         convert(tmp_path / "source.pkl", tmp_path / "out.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["source.pkl"]
+
+
+def test_convert_tells_safetensors_from_pickles_by_more_than_the_first_byte(tmp_path: Path) -> None:
+    """The first byte of a safetensors file is the header's length modulo 256: 0x80, as in a pickle, for one in 32."""
+    network = small_network(NetworkSpec((16, 32, 64), 2, 2, stage_repeats=(1, 1, 1), stem_channels=8, head_channels=16))
+    arrays = {name: value.numpy() for name, value in network.state_dict().items() if "tracked" not in name}
+    for padding in range(256):
+        data = save(arrays, {"padding": " " * padding})
+        if data[0] == 0x80:
+            break
+    assert data[0] == 0x80
+    (tmp_path / "like_a_pickle.safetensors").write_bytes(data)
+    assert convert(tmp_path / "like_a_pickle.safetensors", tmp_path / "out.safetensors").network == network.spec

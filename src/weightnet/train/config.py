@@ -27,6 +27,7 @@ class TrainConfig:
         out: run folder: weights, card, checkpoint and log; a model name everywhere.
         model: a name of the zoo, which fixes the network.
         pretrained: weights to start from: a model name, run folder or file; its classifier is new where classes differ.
+        freeze: train the classifier alone; all before it keeps its pretrained weights and batch statistics.
         epochs: passes over the training photos.
         batch_size: photos per step, at least 2; of what does not fill a last batch, each epoch leaves out other photos.
         accumulate: parts into which each step's photos are split, one after the other: less memory, other batch
@@ -78,6 +79,7 @@ class TrainConfig:
     out: str
     model: str = "shufflenet_v2_x0_5"
     pretrained: str | None = None
+    freeze: bool = False
     epochs: int = 240
     batch_size: int = 128
     accumulate: int = 1
@@ -119,6 +121,8 @@ class TrainConfig:
             )
         for name in ("epochs", "accumulate", "evaluate_every", "teacher_views"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.freeze and self.pretrained is None:
+            raise UsageError("freeze must come with pretrained weights. Got freeze without them. Name some.")
         least = 2 * self.accumulate
         _require(self.batch_size >= least, "batch_size", f"at least {least}, for batch statistics", self.batch_size)
         for name in ("train_size", "teacher_size", "crop"):
@@ -203,6 +207,8 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
         _require(value in choices, name, f"one of {', '.join(choices)}", value)
+    elif annotation is bool:
+        _require(isinstance(value, bool), name, "true or false", value)
     elif annotation is int:
         _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
     elif annotation is float:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
@@ -127,10 +126,6 @@ class Targets:
     def file(self, view: int) -> Path:
         """Return where a view's probabilities lie."""
         return self.folder / f"view{view}.npy"
-
-    def remove(self) -> None:
-        """Remove the folder, if there is one."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __getitem__(self, place: tuple[int, int]) -> npt.NDArray[np.float16]:
         view, index = place

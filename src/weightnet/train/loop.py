@@ -120,8 +120,7 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
                 f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
                 "resume, with fewer workers or more memory."
             ) from error
-        if first:
-            targets.remove()  # a finished run needs them no more
+        run.finish(state)
     return run.card(state)
 
 
@@ -131,10 +130,12 @@ def start_fabric(config: TrainConfig) -> "Fabric":
     Raises: UsageError where this machine lacks them; MissingDependencyError where Fabric is not installed.
     """
     try:
+        import matplotlib  # noqa: F401  # draws the curves, hours later
         from lightning_fabric import Fabric
     except ImportError as error:
         raise MissingDependencyError(
-            f"Training needs lightning-fabric. Got: {error}. Install it by: pip install 'weightnet[train]'"
+            f"Training needs lightning-fabric and matplotlib. Got: {error}. "
+            "Install them by: pip install 'weightnet[train]'"
         ) from error
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -186,6 +187,9 @@ def _start(
     if network.card is not None:  # weights keep the pixels that they were trained on
         own = network.card.preprocess
         preprocess = dataclasses.replace(preprocess, channel_order=own.channel_order, mean=own.mean, std=own.std)
+    if config.freeze:
+        network.requires_grad_(False)
+        network.classifier.requires_grad_(True)
     network = cast(Any, network).to(memory_format=torch.channels_last)
     average = averaged_model(network, config.ema_decay).to(fabric.device) if config.ema_decay else None
     student = network if teacher is None else Student(network, teacher.num_classes)

@@ -5,6 +5,8 @@ weights.safetensors  the model as it is, averaged if the run averages
 weights.json         its card
 config.yaml          the options
 log.csv              one row per evaluation
+curves.png           these as a picture, once the run is finished
+teacher/             the teacher's probabilities, until then
 unreadable.csv       photos that could not be read, and why
 
 The checkpoint is written last and everything else follows from it: wherever a save is cut off, the folder holds a
@@ -17,6 +19,7 @@ import dataclasses
 import hashlib
 import io
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +37,7 @@ from weightnet.errors import TrainingError, UsageError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.train.config import TrainConfig
+from weightnet.train.curves import draw_curves
 from weightnet.train.data import Unreadable
 from weightnet.train.folders import PhotoFolder
 from weightnet.zoo.cards import Card, write_atomically, write_card
@@ -221,6 +225,21 @@ class RunFolder:
                 "make room or mend the folder, and resume."
             ) from error
         self.saved_at = time.monotonic()
+
+    def finish(self, state: RunState) -> None:
+        """Draw the curves of a run that is at its end, and remove what only a run under way needs.
+
+        Raises: TrainingError where the picture cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            write_atomically(self.path / "curves.png", draw_curves(state.history))
+        except OSError as error:
+            raise TrainingError(
+                f"The run folder must be writable. Got {self.path}: {error}. The model is whole: make room, and resume."
+            ) from error
+        shutil.rmtree(self.path / "teacher", ignore_errors=True)
 
     def card(self, state: RunState) -> Card:
         """Return the card of the run's model; it states figures only where this very model was measured."""

@@ -75,6 +75,9 @@ def update(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step, total_steps)
     model.train()
+    if config.freeze:  # batch norm keeps the statistics of the pretrained network
+        state.network.eval()
+        state.network.dropout.train()
     state.optimizer.zero_grad()
     parts = np.array_split(np.arange(len(batch.photos)), min(config.accumulate, len(batch.photos) // 2))
     losses = []

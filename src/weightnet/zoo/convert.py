@@ -15,7 +15,7 @@ from weightnet.nn.variants import NetworkSpec
 from weightnet.zoo.cards import Card, card_path, read_card, read_file, write_atomically, write_card
 from weightnet.zoo.hub import find_weights
 from weightnet.zoo.megengine import has_old_statistics, read_megengine, to_megengine_layout, write_megengine
-from weightnet.zoo.state import MAX_WEIGHTS_BYTES, State, check_state, read_state, spec_from_state
+from weightnet.zoo.state import MAX_WEIGHTS_BYTES, State, check_state, is_pickle, read_state, spec_from_state
 from weightnet.zoo.weights import Pixels, choose_pixels, infer_card
 
 MEGENGINE_SUFFIXES = (".pkl", ".model")
@@ -59,7 +59,7 @@ def convert(
     converted = {"file": path.name, "sha256": sha256, "converter": f"weightnet {__version__}"}
     # The hash of the trained file, which its run notes, is not that of the new one.
     notes = {name: value for name, value in card.notes.items() if name != "weights_sha256"}
-    if data[:1] == b"\x80" and has_old_statistics(read_megengine(data)):
+    if is_pickle(data) and has_old_statistics(read_megengine(data)):
         notes[OLD_STATISTICS] = True
     card = dataclasses.replace(card, made_by={**card.made_by, "converted_from": converted}, notes=notes)
     if out.suffix in MEGENGINE_SUFFIXES:

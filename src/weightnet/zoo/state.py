@@ -54,13 +54,23 @@ def read_state(path: str | os.PathLike[str]) -> State:
             arrays = _read_safetensors(data)
         elif data[:4] == b"PK\x03\x04":
             arrays = _read_torch(data)
-        elif data[:1] == b"\x80":
+        elif is_pickle(data):
             arrays = to_torch_layout(read_megengine(data))
         else:
             _refuse_unknown(data)
         return {name: _finite_float32(name, arrays[name]) for name in sorted(arrays)}
     except WeightsError as error:
         raise WeightsError(f"The weights {path} cannot be loaded. {error}") from error
+
+
+def is_pickle(data: bytes) -> bool:
+    """Return whether a file is a pickle; a safetensors file whose header has a fitting length begins alike.
+
+    Example:
+        >>> is_pickle(b"\\x80\\x04}."), is_pickle(b"\\x80\\x01\\x00\\x00\\x00\\x00\\x00\\x00{")
+        (True, False)
+    """
+    return data[:1] == b"\x80" and data[8:9] != b"{"
 
 
 def check_state(state: Mapping[str, npt.NDArray[Any]], spec: NetworkSpec) -> None:
