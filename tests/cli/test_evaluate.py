@@ -83,6 +83,16 @@ def test_evaluate_tells_people_the_same(weightnet, labelled, run_folder):
     assert "[red]fox[/red]" in lines[-1]
 
 
+def test_evaluate_names_no_worst_class_where_all_is_right(weightnet, labelled, run_folder, png):
+    (prediction,) = Classifier(run_folder, device="cpu")(png, k=1)
+    for name in ("cat", "Tree"):
+        (labelled / name).rename(labelled.parent / name)
+    (labelled / "[red]fox[-red]").rename(labelled / "it")
+    (labelled / "classes.csv").write_text(f"folder,label\nit,{prediction.top[0].label}\n")
+    lines = weightnet("evaluate", run_folder, "data").out.splitlines()
+    assert lines[-1].split() == ["worst", "classes", "none"]
+
+
 def test_evaluate_leaves_out_counts_and_names_what_it_cannot_read(weightnet, labelled, run_folder):
     for number in range(8):
         (labelled / "cat" / f"bad{number}\x1b[31m\n.jpg").write_text("no photo")

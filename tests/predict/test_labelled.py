@@ -19,7 +19,7 @@ CLASSES = (
     ClassLabel("tench"),  # without a WordNet id
     ClassLabel("cougar body", "n02125311"),
     ClassLabel("cougar face", "n02125311"),
-    ClassLabel("crane", "n02012849"),
+    ClassLabel("goldfish", "n00000001"),
     ClassLabel("Bass"),
     ClassLabel("bass", "n02565573"),
     ClassLabel("BASS", "n04141076"),
@@ -65,7 +65,7 @@ def test_folder_is_matched_by_id_then_label(tmp_path, folder, label):
         ("catt", "Did you mean cat?"),
         ("grandpiano", "Did you mean grand piano?"),
         ("n02123045", "n02123045 is 'tabby' in ImageNet."),
-        ("n03126707", "n03126707 is "),  # a crane too, but the machine: the class has another id
+        ("n01443537", "n01443537 is 'goldfish' in ImageNet. Did you mean goldfish"),  # the class has another id
         ("n02125311", "It may be 'cougar body' or 'cougar face'."),
         ("bAss", "It may be 'Bass' or 'bass' or 'BASS'."),
         ("0", "'0' in "),

@@ -114,6 +114,10 @@ def test_report_is_well_formed_and_needs_nothing_else(evaluation):
     assert "@import" not in text
 
 
+def test_escaped_text_is_safe_in_attributes_too():
+    assert escaped("\"'&<>") == "&quot;&#x27;&amp;&lt;&gt;"
+
+
 def test_report_shows_every_text_as_it_is(evaluation):
     page = Page(render_report(evaluation, model="<script>m"))
     assert "Evaluation of <script>m" in page.texts

@@ -98,7 +98,7 @@ def _json(fields: dict[str, Any]) -> str:
 def _gist(model: str, evaluation: "Evaluation") -> str:
     figures, size = evaluation.figures, evaluation.card.preprocess
     worst = sorted(
-        (result for result in evaluation.classes if result.top1 is not None),
+        (result for result in evaluation.classes if result.top1 is not None and result.top1 < 1),
         key=lambda result: (result.top1, -result.images),
     )
     lines = [
@@ -111,7 +111,7 @@ def _gist(model: str, evaluation: "Evaluation") -> str:
         f"  top-1 by class     {figures['class_averaged_top1']:.2%}",
         f"  cross-entropy      {figures['loss']:.4f}",
         f"  calibration error  {figures['ece']:.4f}",
-        f"  worst classes      {', '.join(f'{r.label} {r.top1:.0%}' for r in worst[:WORST_CLASSES])}",
+        f"  worst classes      {', '.join(f'{r.label} {r.top1:.0%}' for r in worst[:WORST_CLASSES]) or 'none'}",
     ]
     return "\n".join(lines)
 

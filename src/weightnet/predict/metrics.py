@@ -110,12 +110,13 @@ def cross_entropy(logits_NC: Scores, labels_N: Classes) -> float:
         >>> round(cross_entropy(np.zeros((2, 4)), np.array([0, 3])), 6)  # ln 4
         1.386294
     """
-    logits_NC = _scores(logits_NC).astype(np.float64)
-    labels_N = _labels(labels_N, *logits_NC.shape)
+    shifted_NC = _scores(logits_NC).astype(np.float64)  # in place, as in softmax
+    labels_N = _labels(labels_N, *shifted_NC.shape)
     with np.errstate(invalid="ignore"):  # inf - inf
-        shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True)
-    log_sum_N = np.log(np.exp(shifted_NC).sum(axis=1))
-    return float(np.mean(log_sum_N - np.take_along_axis(shifted_NC, labels_N[:, None], axis=1)[:, 0]))
+        shifted_NC -= shifted_NC.max(axis=1, keepdims=True)
+    own_N = np.take_along_axis(shifted_NC, labels_N[:, None], axis=1)[:, 0]
+    log_sum_N = np.log(np.exp(shifted_NC, out=shifted_NC).sum(axis=1))
+    return float(np.mean(log_sum_N - own_N))
 
 
 def expected_calibration_error(probabilities_NC: Scores, labels_N: Classes, *, bins: int = 15) -> float:

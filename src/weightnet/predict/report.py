@@ -159,7 +159,7 @@ def _class_table(evaluation: Evaluation) -> str:
         counts = (f"{result.images:,}", f"{result.predicted:,}")
         rows.append((escaped(result.label), escaped(result.wnid or ""), folders, *counts, share, bar))
     head = ("class", "WordNet id", "folder", "photos", "predicted", "right", "")
-    table = f'<div class="wide">{_table(head, rows, numbers=(3, 4, 5))}</div>'
+    table = _table(head, rows, numbers=(3, 4, 5))
     if len(rows) <= _UNFOLDED_CLASSES:
         return table
     return f"<details><summary>{len(rows):,} classes, worst first</summary>{table}</details>"
@@ -185,4 +185,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Seque
         return "<tr>" + "".join(f"<{tag}{c}>{cell}</{tag}>" for c, cell in zip(classes, cells, strict=True)) + "</tr>"
 
     header = f"<thead>{line(head, 'th')}</thead>" if head else ""
-    return f"<table>{header}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table>{header}<tbody>{body}</tbody></table></div>'

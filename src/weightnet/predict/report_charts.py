@@ -16,6 +16,7 @@ Counts = npt.NDArray[np.int64]
 _CELL = 10  # SVG units
 _LABEL_CELLS = 14  # room for a row's label
 _LABELLED_ROWS = 150  # beyond that they cannot be read; the cells still say what they are when pointed at
+_TABLE_STRENGTH = 0.6  # keeps the numbers legible
 _PLOT = 300
 _HISTOGRAM = 60
 
@@ -23,8 +24,8 @@ _HISTOGRAM = 60
 def escaped(text: str) -> str:
     r"""Return text that is safe in HTML, attributes included; what cannot be printed becomes an escape.
 
-    >>> escaped("<b>\u202e\x00\udcff")
-    '&lt;b&gt;\\u202e\\x00\\udcff'
+    >>> escaped("<b>'\u202e\x00\udcff")
+    '&lt;b&gt;&#x27;\\u202e\\x00\\udcff'
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return html.escape(shown, quote=True)
@@ -48,7 +49,8 @@ def confusion_table(counts_KK1: Counts, labels: Sequence[str]) -> str:
         cells = []
         for column, count in enumerate(counts_KK1[row, : len(names) + len(others)].tolist()):
             kind = "right" if column == row else "wrong"
-            cells.append(f'<td class="{kind}" style="--share: {_strength(count / total):.2f}">{count or ""}</td>')
+            share = _TABLE_STRENGTH * _strength(count / total)
+            cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count or ""}</td>')
         rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     return (
         f'<div class="wide"><table class="confusion"><thead><tr><th></th>{head}</tr></thead>'
