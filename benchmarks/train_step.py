@@ -1,0 +1,139 @@
+"""Measure a training step of the 0.5x network in each exact form, beside the plain network of the same size.
+
+    python benchmarks/train_step.py [--threads N] [--rounds N] [--out benchmarks/results/train_step.json]
+
+One step is forward, loss, backward and an update by stochastic gradient descent, channels last, float32, on random
+photos in memory. The forms take turns, a step each, so that whatever else the machine does meets all of them alike;
+figures are medians over the rounds. Before that the gradients of all forms are compared in float64, and each form runs
+two steps in a process of its own, for its peak memory.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import weightnet
+
+PLAIN, FORMS = "plain", ("reference", "feature", "matmul", "auto")
+SETTINGS = ((64, 128), (224, 32))  # pixels, photos
+CLASSES = 100
+
+
+def network_of(form: str) -> Any:
+    """Return the 0.5x network: plain, or WeightNet 1x that computes in a form."""
+    torch.manual_seed(0)
+    network = weightnet.load("shufflenet_v2_x0_5.plain" if form == PLAIN else "shufflenet_v2_x0_5", num_classes=CLASSES)
+    if form != PLAIN:
+        weightnet.set_form(network, form)  # type: ignore[arg-type]
+    return network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+
+def step_of(form: str, size: int, batch: int) -> Callable[[], None]:
+    """Return a function that does one training step."""
+    network = network_of(form)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    photos = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(photos), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def largest_gradient_difference() -> float:
+    """Return by how much the forms' gradients differ from the reference's, relative to its largest, in float64."""
+    x, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
+    x = x.to(memory_format=torch.channels_last)
+    gradients = {}
+    for form in FORMS:
+        network = network_of(form).double()
+        F.cross_entropy(network(x), labels).backward()  # type: ignore[no-untyped-call]
+        gradients[form] = torch.cat([p.grad.flatten() for p in network.parameters()])
+    reference = gradients["reference"]
+    return max(((gradients[form] - reference).abs().max() / reference.abs().max()).item() for form in FORMS)
+
+
+def peak_memory_mb(form: str, size: int, batch: int) -> float:
+    """Return the peak resident memory of a process that does two steps, in MB."""
+    command = [sys.executable, __file__, "--memory-of", form, str(size), str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure(size: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Return photos per second, their ratios and the peak memory of every form."""
+    steps = {form: step_of(form, size, batch) for form in (PLAIN, *FORMS)}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {form: [] for form in steps}
+    for _ in range(rounds):
+        for form, step in steps.items():
+            begun_at = time.perf_counter()
+            step()
+            seconds[form].append(time.perf_counter() - begun_at)
+    rows = {}
+    for form, times in seconds.items():
+        quarters = statistics.quantiles(times, n=4)
+        rows[form] = {
+            "photos_per_s": round(batch / statistics.median(times), 1),
+            "step_ms": round(1000 * statistics.median(times), 1),
+            "step_ms_iqr": round(1000 * (quarters[2] - quarters[0]), 1),
+            "times_reference": round(statistics.median(seconds["reference"]) / statistics.median(times), 2),
+            "times_plain": round(statistics.median(seconds[PLAIN]) / statistics.median(times), 2),
+            "peak_memory_mb": round(peak_memory_mb(form, size, batch), 0),
+        }
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory-of", nargs=3, metavar=("FORM", "SIZE", "BATCH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        step = step_of(options.memory_of[0], *map(int, options.memory_of[1:]))
+        step()
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    rows_of = {f"{size} px, batch {batch}": measure(size, batch, options.rounds) for size, batch in SETTINGS}
+    report = {
+        "command": f"python benchmarks/train_step.py --threads {options.threads} --rounds {options.rounds}",
+        "processor": platform.processor() or platform.machine(),
+        "capabilities": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "weightnet": weightnet.__version__,
+        "gradients_differ_by": largest_gradient_difference(),
+        "rows": rows_of,
+    }
+    print("| setting | form | photos/s | step, ms (IQR) | x reference | x plain | peak memory, MB |")
+    print("|---|---|---|---|---|---|---|")
+    for setting, rows in rows_of.items():
+        for form, row in rows.items():
+            time_of = f"{row['step_ms']} ({row['step_ms_iqr']})"
+            ratios = f"{row['times_reference']} | {row['times_plain']}"
+            memory = f"{row['peak_memory_mb']:.0f}"
+            print(f"| {setting} | {form} | {row['photos_per_s']} | {time_of} | {ratios} | {memory} |")
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
