@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from weightnet.cli import main, output
 from weightnet.predict.classifier import Classifier
 
 
@@ -106,6 +108,21 @@ def test_evaluate_leaves_out_counts_and_names_what_it_cannot_read(weightnet, lab
     assert len(named) == 5
     assert named[0].startswith(r"weightnet: data/cat/bad0\x1b[31m\n.jpg: a photo must be a JPEG")
     assert last == "weightnet: 8 of 17 photos could not be classified and are left out."
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_evaluate_shows_progress_on_a_terminal_too(labelled, run_folder, monkeypatch):
+    monkeypatch.setattr(output, "PROGRESS_AFTER_S", -1)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", messages := Terminal())
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    assert main(["evaluate", str(run_folder), "data"]) == 0
+    assert "9/9" in messages.getvalue()
+    assert "top-1 " in shown.getvalue()
 
 
 def test_evaluate_writes_a_report(weightnet, labelled, run_folder):

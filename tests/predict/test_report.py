@@ -72,7 +72,7 @@ def evaluation(tiny_network, tmp_path_factory) -> Evaluation:
             small = rng.integers(0, 256, (4, 5, 3), np.uint8)
             picture = cv2.imencode(".png", cv2.resize(small, (60, 48), interpolation=2))[1].tobytes()
             (data / entry.wnid / f"{name}.png").write_bytes(picture)
-    (data / "n00000000" / "<script>broken.jpg").write_text("no photo")
+    (data / "n00000000" / "<script>broken.jpg").write_text("<script>")
     classifier = Classifier(tiny_network, device="cpu")
     classifier.card = dataclasses.replace(classifier.card, classes=classes, name="<script>name")
     return evaluate(classifier, read_labelled_photos(data, classes))
@@ -124,8 +124,22 @@ def test_report_shows_every_text_as_it_is(evaluation):
     for label in HOSTILE:
         assert label in page.texts
     assert "n00000000/<script>broken.jpg" in page.texts
+    assert evaluation.unreadable[0][1] in page.texts
+    assert "<script>" in evaluation.unreadable[0][1]
     assert all(c.isprintable() or c == "\n" for text in page.texts for c in text)
     render_report(evaluation, model="m").encode("utf-8")
+
+
+def test_heat_map_shows_every_label_as_it_is(evaluation, monkeypatch):
+    monkeypatch.setattr(report, "MAX_TABLE_CLASSES", 0)
+    page = Page(render_report(evaluation, model="m"))
+    counts = evaluation.confusion()
+    for row, column in np.argwhere(counts):
+        names = f"{HOSTILE[row]} → {HOSTILE[column]}"
+        assert f"{names}: {counts[row, column]} of {counts[row].sum()}" in page.texts
+    for label in HOSTILE:
+        short = label if len(label) <= 24 else label[:23] + "…"
+        assert short in page.texts
 
 
 def test_report_states_the_figures(evaluation):
@@ -161,6 +175,13 @@ def test_report_shows_the_photos_that_are_most_wrong(evaluation):
     seen = evaluation.card.preprocess.crop_uint8(cv2.imread(paths[0]))
     expected = cv2.resize(seen, thumbnail.shape[:2], interpolation=cv2.INTER_AREA)
     assert np.abs(thumbnail.astype(int) - expected).mean() < 8  # JPEG
+
+
+def test_report_shows_wrong_photos_alone(evaluation, monkeypatch):
+    monkeypatch.setattr(report, "PHOTOS_PER_CLASS", 100)
+    text = render_report(evaluation, model="m").split("<h2>Worst classes</h2>")[1].split("<h2>")[0]
+    wrong = [result.images - round(result.images * result.top1) for result in evaluation.classes]
+    assert [part.count("<figure>") for part in text.split("<h3>")[1:]] == sorted(wrong, reverse=True)
 
 
 def test_report_shows_counts_in_a_table_for_few_classes(evaluation):
@@ -255,3 +276,9 @@ def test_reliability_diagram_draws_every_range(evaluation):
     assert [int(photos) for _, _, photos in tips[::3]] == [row.photos for row in used]
     heights = [float(h) for h in re.findall(r'<rect class="right"[^>]* height="([\d.]+)"', svg)[::2]]
     assert heights == pytest.approx([row.accuracy * 300 for row in used], abs=0.06)
+    gaps = re.findall(r'<rect class="gap"[^>]* y="([\d.]+)"[^>]* height="([\d.]+)"', svg)
+    bottoms = [float(y) + float(height) for y, height in gaps]
+    assert bottoms == pytest.approx([300 - 300 * min(row.accuracy, row.confidence) for row in used], abs=0.11)
+    assert [float(height) for _, height in gaps] == pytest.approx(
+        [300 * abs(row.accuracy - row.confidence) for row in used], abs=0.06
+    )
