@@ -44,15 +44,13 @@ def evaluate(
             auto takes what fits.
         device: auto, cpu, cuda, cuda:N or mps.
         batch_size: Photos that run at once.
-        resize: Short edge before the crop, in pixels; the model's own where it is left out.
-        crop: Height and width of what the network sees, in pixels; the model's own where it is left out.
-        report: Write a page for people, REPORT.html, that needs no other file: figures, calibration, confusion matrix,
-            and the worst classes with their photos.
+        resize: Short edge before the crop, in pixels; left out: the model's own.
+        crop: Height and width of what the network sees, in pixels; left out: the model's own.
+        report: Write a page for people: figures, calibration, confusion matrix, worst classes with their photos.
         json: Write one JSON object: `{"images", "unreadable", "top1", "top5", "class_averaged_top1", "loss", "ece",
             "classes", "confusion", ...}`, fractions of 1.
     """
-    if report is not None:
-        _check_report(report)
+    _check_report(report)
     results = open_results()
 
     from weightnet.predict.classifier import Classifier
@@ -65,13 +63,15 @@ def evaluate(
         evaluation = measure(classifier, photos, advance=advance)
     text = _json({"model": model, **evaluation.to_dict()}) if json else printable(_gist(model, evaluation))
     results.write(text + "\n")
-    if report is not None:
+    if report:
         _write_report(report, evaluation, model)
     return _say_unreadable(evaluation)
 
 
-def _check_report(path: str) -> None:
+def _check_report(path: str | None) -> None:
     """Refuse before the work what could not be written after it."""
+    if path is None:
+        return
     if not path.lower().endswith((".html", ".htm")):
         raise UsageError(f"The report's suffix must be .html. Got report={path!r}. Add it.")
     folder = os.path.dirname(path) or os.curdir

@@ -116,8 +116,8 @@ def evaluate(
         ...     pathlib.Path(data, "cat").mkdir()
         ...     _ = cv2.imwrite(f"{data}/cat/1.png", np.zeros((200, 200, 3), np.uint8))
         ...     evaluation = evaluate(classifier, read_labelled_photos(data, classifier.card.classes))
-        >>> evaluation.classes[0].label, evaluation.classes[0].images
-        ('cat', 1)
+        >>> evaluation.confusion().shape
+        (1, 112)
     """
     logits_NC = np.empty((len(photos), len(classifier.card.classes)), np.float32)
     measured: list[int] = []
@@ -133,8 +133,7 @@ def evaluate(
         raise DataError(
             f"{photos.root} must hold photos that can be read. Got none among {len(photos)}: {unreadable[0][1]}"
         )
-    logits_NC = logits_NC[: len(measured)]
-    labels_N = photos.labels[measured]
+    logits_NC, labels_N = logits_NC[: len(measured)], photos.labels[measured]
     return Evaluation(
         card=classifier.card,
         root=photos.root,
