@@ -1,15 +1,11 @@
 """Downloads, against a server on this machine that does all that servers do wrong."""
 
-import dataclasses
-import hashlib
 import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,102 +14,10 @@ import requests
 import urllib3
 
 from weightnet.errors import DownloadError, UsageError
-from weightnet.nn.variants import VARIANTS
 from weightnet.zoo import hub
-from weightnet.zoo.hub import PUBLISHED, cached_path, fetch, find_weights, list_models
+from weightnet.zoo.hub import cached_path, fetch
 
-BODY = bytes(range(256)) * 1000
-SHA256 = hashlib.sha256(BODY).hexdigest()
-
-Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
-
-
-class Server:
-    """A server on the loopback interface that gives its `answers` one after the other, the last one for ever."""
-
-    def __init__(self) -> None:
-        self.answers: list[Answer] = [whole]
-        self.requests: list[str] = []
-        self.release = threading.Event()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.requests.append(self.path)
-                answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
-                answer(self)
-                self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/weights.bin"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def reply(body: bytes = BODY, status: int = 200, length: int | str | None = len(BODY), **headers: str) -> Answer:
-    """An answer of this body, which claims to have this length."""
-
-    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        if length is not None:
-            handler.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return answer
-
-
-def redirect(target: str) -> Answer:
-    return reply(b"", 302, 0, Location=target)
-
-
-def stall(server: Server) -> Answer:
-    """Half of the file, then nothing until the test is over."""
-
-    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
-        reply(BODY[: len(BODY) // 2])(handler)
-        handler.wfile.flush()
-        server.release.wait(10)
-
-    return answer
-
-
-whole = reply()
-truncated = reply(BODY[:100_000])
-broken = reply(b"try later", 503, 9)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of this test; retries do not wait."""
-    monkeypatch.setattr(hub, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(hub, "BACKOFF_S", 0.001)
-    return tmp_path / "cache"
-
-
-def left_over(cache: Path) -> list[str]:
-    """What lies in the cache but for locks."""
-    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
-
+from .conftest import BODY, SHA256, Answer, Server, broken, left_over, redirect, reply, stall, truncated, whole
 
 # Downloads that succeed
 
@@ -364,57 +268,3 @@ def test_progress_goes_to_standard_error_where_it_is_a_terminal(server: Server, 
     assert b"weights.bin2" in shown
     assert b"256.0/256.0 kB" in shown
     assert b"-weights.bin " not in shown
-
-
-# Names
-
-
-def test_list_models_gives_the_twelve_networks_first() -> None:
-    assert list_models()[:12] == list(VARIANTS)
-    assert list_models("*wn4x") == [f"shufflenet_v2_x{width}.wn4x" for width in ("1_0", "1_5", "2_0")]
-    assert list_models("resnet*") == []
-
-
-def test_published_checkpoints_are_the_four_of_the_original_authors() -> None:
-    assert list(PUBLISHED) == [name for name in VARIANTS if "." not in name]
-    assert PUBLISHED["shufflenet_v2_x1_5"].url == (
-        "https://data.megengine.org.cn/models/weights/wnet/snetv2_1.5x_wnet1x_M2G2.model"
-    )
-
-
-def test_find_weights_of_a_name_looks_for_its_checkpoint_in_the_cache(cache: Path) -> None:
-    cache.mkdir()
-    (cache / "snetv2_2.0x_wnet1x_M2G2.model").write_bytes(b"\x80weights")
-    assert find_weights("shufflenet_v2_x2_0") == cache / "snetv2_2.0x_wnet1x_M2G2.model"
-
-
-def test_find_weights_of_an_address_downloads_it(server: Server, cache: Path) -> None:
-    assert find_weights(server.url).read_bytes() == BODY
-
-
-def test_find_weights_checks_a_published_checkpoint_of_known_hash(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = dataclasses.replace(PUBLISHED["shufflenet_v2_x0_5"], url=server.url, sha256="0" * 64)
-    monkeypatch.setitem(PUBLISHED, "shufflenet_v2_x0_5", known)
-    with pytest.raises(DownloadError, match="not the expected 0000"):
-        find_weights("shufflenet_v2_x0_5")
-
-
-@pytest.mark.parametrize("name", ["..", "a/../../b", "", "%2e%2e%2fetc", "w" * 500, "w?x=1", "w\\..\\x", "\u00e4"])
-def test_cached_path_of_any_address_lies_in_the_cache_folder(cache: Path, name: str) -> None:
-    path = cached_path(f"http://host/{name}")
-    assert path.parent == cache
-    assert len(path.name) < 120
-    assert path.resolve().parent == cache.resolve()
-
-
-def test_cached_paths_of_different_addresses_differ() -> None:
-    addresses = ["http://a/w.bin", "http://b/w.bin", "https://a/w.bin", "http://a/w.bin?v=2", "http://a/w_bin"]
-    assert len({cached_path(address) for address in addresses}) == len(addresses)
-
-
-def test_cache_folder_is_the_platforms_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if sys.platform == "linux":
-        assert hub.cache_folder() == tmp_path / "weightnet"
