@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parents[1] / "tests" / "expect" / "cli"
 TEXTS = {
     "help.txt": ["--help"],
     **{
-        f"help_{name}.txt": [name, "--help"] for name in ("predict", "models", "convert", "evaluate", "export", "train")
+        f"help_{name}.txt": [name, "--help"]
+        for name in ("predict", "models", "convert", "evaluate", "export", "serve", "train")
     },
     "models.txt": ["models", "shufflenet*"],
 }

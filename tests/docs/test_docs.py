@@ -1,16 +1,19 @@
 """The documentation is true: its code runs, its numbers are those of the program, its links lead somewhere.
 
 A line before a block says what is special about it: `<!-- not run: why -->`, `<!-- command: name -->` for the README's
-two commands, which `.ci/run` takes from there, or `<!-- from the program: what -->`,
-which `scripts/update_readme.py` writes.
+two commands, which `.ci/run` takes from there, `<!-- service: name -->` for lines that start `weightnet serve` in the
+background and ask it, or `<!-- from the program: what -->`, which `scripts/update_readme.py` writes.
 """
 
 import contextlib
 import dataclasses
+import os
 import re
 import runpy
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +52,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.language in ("python", "bash") and not self.mark.startswith(("not run:", "command:"))
+        return self.language in ("python", "bash") and not self.mark.startswith(("not run:", "command:", "service:"))
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -127,6 +130,20 @@ def test_page_code_runs(page: Path, workspace: Path) -> None:
             assert run_shell(line) == 0, f"{page.name}:{block.line + offset}: {line}"
 
 
+@pytest.mark.parametrize("block", marked("service"), ids=lambda block: block.mark)
+def test_service_answers_as_the_page_asks(block: Block, workspace: Path) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert "8000" in block.text
+    script = f"trap 'kill $!; wait' EXIT\nset -e\n{block.text.replace('8000', str(port))}\n"
+    path = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"status":"ok"' in done.stdout
+
+
 @pytest.fixture(scope="module")
 def updater() -> dict[str, Any]:
     """The script that writes the README's parts: `python scripts/update_readme.py` mends what these tests find."""
@@ -138,7 +155,7 @@ def written_in_readme(updater: dict[str, Any], name: str) -> str:
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
-    explained = [*marked("not run"), *marked("command")]
+    explained = [*marked("not run"), *marked("command"), *marked("service")]
     code = [block for block in BLOCKS if block.language not in ("text", "") and block not in explained]
     assert [block.place for block in code if not block.is_run or block.page not in RUN_PAGES] == []
     assert len(marked("not run")) <= 6
@@ -161,7 +178,7 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_names_only_commands_and_options_that_exist(page: Path) -> None:
     code = "\n".join(CODE.findall(page.read_text(encoding="utf-8")))
-    ours = re.sub(r"^.*(pip|pytest|python3?|torchrun|ruff|lint-imports) .*$", "", code, flags=re.MULTILINE)
+    ours = re.sub(r"^.*(curl|pip|pytest|python3?|torchrun|ruff|lint-imports) .*$", "", code, flags=re.MULTILINE)
     named = re.findall(r"\bweightnet ([a-z-]+)(?: ([^`\n|]*))?", ours)
     assert {command for command, _ in named} <= set(COMMANDS)
     for command, rest in named:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from cyclopts import App, CycloptsError
 
 from weightnet import __version__
-from weightnet.cli import convert, evaluate, export, models, predict
+from weightnet.cli import convert, evaluate, export, models, predict, serve
 from weightnet.cli.output import printable, say, silence_results
 from weightnet.errors import (
     DataError,
@@ -54,6 +54,7 @@ app.command(models.models)
 app.command(convert.convert)
 app.command(evaluate.evaluate)
 app.command(export.export)
+app.command(serve.serve)
 app.command("weightnet.cli.train:train", help="Train a network on folders of photos.")  # its flags need NumPy
 
 
