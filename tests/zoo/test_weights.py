@@ -373,3 +373,10 @@ def test_load_of_weights_that_nobody_published_says_what_to_do(name: str) -> Non
 def test_load_of_a_file_refuses_other_weights_for_it() -> None:
     with pytest.raises(UsageError, match="pretrained must be left out"):
         load(TINY, pretrained=TINY_RAW)
+
+
+@pytest.mark.parametrize("name", ["network.onnx", "network.xml"])
+def test_load_of_an_exported_file_says_what_takes_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"<?xml version='1.0'?><net/>" if name.endswith("xml") else b"\x08\x08\x12\x05torch")
+    with pytest.raises(WeightsError, match=rf"{name} cannot be loaded\. An exported file.*evaluate"):
+        load(tmp_path / name)

@@ -57,7 +57,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         elif is_pickle(data):
             arrays = to_torch_layout(read_megengine(data))
         else:
-            _refuse_unknown(data)
+            _refuse_unknown(data, path)
         return {name: _finite_float32(name, arrays[name]) for name in sorted(arrays)}
     except WeightsError as error:
         raise WeightsError(f"The weights {path} cannot be loaded. {error}") from error
@@ -187,7 +187,12 @@ def _refuse_network(got: str) -> NoReturn:
     )
 
 
-def _refuse_unknown(data: bytes) -> NoReturn:
+def _refuse_unknown(data: bytes, path: str | os.PathLike[str]) -> NoReturn:
+    if os.fspath(path).endswith((".onnx", ".xml", ".bin")):
+        raise WeightsError(
+            "An exported file has no weights to train or convert. "
+            f"Got {os.path.basename(path)}. Give what it was exported from; predict and evaluate take it as it is."
+        )
     start = data[:64].lstrip()
     unknown = "an unknown format" if data else "an empty file"
     got = next((what for first, what in SIGNATURES.items() if start.startswith(first)), unknown)
