@@ -180,7 +180,8 @@ def reset(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])
-def test_client_that_leaves_amid_its_body_frees_its_place(start, leave):
+def test_client_that_leaves_amid_its_body_frees_its_place(start, leave, monkeypatch):
+    monkeypatch.setattr("weightnet.serve.body.SLOW_AFTER_S", PATIENCE_S)
     service = start(max_requests=1)
     connection = service.connect()
     connection.sendall(head(Content_Length=10_000) + b"a" * 5000)
@@ -224,7 +225,8 @@ def test_connections_beyond_the_bound_are_refused_and_others_go_on(start):
             assert read_answer(connection)[0] == 200
 
 
-def test_crowd_of_connections_is_not_answered_one_by_one(start):
+def test_crowd_of_connections_is_not_answered_one_by_one(start, monkeypatch):
+    monkeypatch.setattr("weightnet.serve.connections.MAX_LINGERING", 2)
     service = start(max_connections=2)
     with ExitStack() as stack:
         crowd = [stack.enter_context(service.connect()) for _ in range(8)]
@@ -246,15 +248,33 @@ def test_client_that_does_not_read_its_answers_is_cut_off(start):
 
 
 def test_slow_clients_do_not_keep_others_waiting(start):
-    service = start(max_connections=100, max_requests=50)
+    service = start(max_connections=300, max_requests=10)
     with ExitStack() as stack:
-        for number in range(60):
+        for number in range(100):
             connection = stack.enter_context(service.connect())
-            if number < 40:
-                connection.sendall(head(Content_Length=10_000) + b"a")
-            else:
-                connection.sendall(head()[:20])
-        service.until(lambda: service.service.admission.requests == 40)
+            connection.sendall(head(Content_Length=10_000) + b"a" if number % 2 else head()[:20])
+        service.until(lambda: service.classify(photo()).status_code == 200)
         begun = time.monotonic()
         assert service.classify(photo()).status_code == 200
         assert time.monotonic() - begun < 2
+        assert service.metric("weightnet_connections ") > 60
+
+
+def test_slow_body_counts_again_once_it_has_come(gate, start, monkeypatch):
+    monkeypatch.setattr("weightnet.serve.body.SLOW_AFTER_S", 0.05)
+    service, data = start(max_requests=1), photo()
+    with service.connect() as slow, service.connect() as quick, service.connect() as late:
+        slow.sendall(head(Content_Length=len(data)) + data[:-1])
+        service.until(lambda: service.service.admission.buffered_bytes > 0 == service.service.admission.requests)
+        gate.open.clear()
+        quick.sendall(head(Content_Length=len(data)) + data)
+        service.until(lambda: service.service.admission.requests == 1)
+        slow.sendall(data[-1:])
+        assert read_answer(slow)[0] == 429
+        gate.open.set()
+        assert read_answer(quick)[0] == 200
+        late.sendall(head(Content_Length=len(data)) + data[:-1])
+        service.until(lambda: service.service.admission.buffered_bytes > 0 == service.service.admission.requests)
+        late.sendall(data[-1:])
+        assert read_answer(late)[0] == 200
+    assert service.service.admission.requests == 0

@@ -7,7 +7,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from weightnet.errors import ImageError
-from weightnet.serve.limits import Limits, RefusedError, Ticket
+from weightnet.serve.limits import SLOW_AFTER_S, Limits, RefusedError, Ticket
 
 MAX_PARTS = 20
 FIELD = "file"
@@ -16,13 +16,14 @@ FIELD = "file"
 async def read_body(
     headers: Mapping[str, str], chunks: AsyncIterator[bytes], *, limits: Limits, ticket: Ticket
 ) -> bytes:
-    """Read a request's whole body.
+    """Read a request's whole body. While it comes slowly, its place among those in work is free for others.
 
     Raises: RefusedError: 413 for one that says it is too large, or turns out to be; 408 for one that takes too long;
-        429 where the bodies of all requests together are too large.
+        429 where the bodies of all requests together are too large, or a slow one's place is taken.
     """
     _check_size(int(headers.get("content-length", 0)), limits)
     body = bytearray()
+    slow = asyncio.get_running_loop().call_later(SLOW_AFTER_S, ticket.give_place_up)
     try:
         async with asyncio.timeout(limits.body_timeout_s):
             async for chunk in chunks:
@@ -34,6 +35,9 @@ async def read_body(
             408,
             f"A body must come within {limits.body_timeout_s:g} s. Got {len(body)} bytes by then. Send less.",
         ) from None
+    finally:
+        slow.cancel()
+    ticket.take_place()
     return bytes(body)
 
 

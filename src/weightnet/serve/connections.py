@@ -19,6 +19,9 @@ _REFUSAL = (
 )
 
 
+MAX_LINGERING = 64  # refused connections that get an answer; those beyond are closed without
+
+
 class Connections:
     """Makes the protocol of each connection, and counts those that were refused or cut off."""
 
@@ -110,7 +113,7 @@ class _Protocol(H11Protocol):
         """Answer without reading a request, then wait for a moment: closing at once would destroy the answer."""
         self._refused = True
         self._all.refused += 1
-        if self._all.open > 2 * self._all.limits.max_connections:
+        if self._all.open > self._all.limits.max_connections + MAX_LINGERING:
             self.transport.abort()
             return
         self.transport.write(_REFUSAL)

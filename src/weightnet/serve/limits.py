@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from weightnet.errors import UsageError
 
+SLOW_AFTER_S = 1.0  # a body that takes longer keeps no place among the photos in work while it comes
 LINGER_S = 2.0  # how long a refused upload is read and thrown away, so that its sender comes to read the refusal
 _CEILINGS = {"max_body_mb": 100, "max_megapixels": 50}  # those of the decoder
 
@@ -27,7 +28,8 @@ class Limits:
     Args:
         batch_size: Photos that run at once at most; batches have 1, 2, 4, ... photos.
         batch_wait_ms: How long a photo waits for others that are being decoded, in milliseconds.
-        max_requests: Photos in work at once, from the request's head to the answer; more get 429.
+        max_requests: Photos in work at once, from the request's head to the answer (those whose body takes more than a
+            second count again once it has come); more get 429.
         max_connections: Connections at once; more get 429 and are closed.
         max_body_mb: Size of a request's body, at most 100; larger ones get 413.
         max_buffered_mb: Size of all bodies in work together; beyond it requests get 429.
@@ -86,24 +88,40 @@ class Admission:
 
         Raises: RefusedError, with status 429, where too many are in work.
         """
-        if self.requests >= self._limits.max_requests:
-            raise RefusedError(429, f"{self.requests} requests are in work, the most at once. Try again in a second.")
-        self.requests += 1
-        ticket = Ticket(self, self._limits.max_buffered_mb * 10**6)
+        ticket = Ticket(self, self._limits)
+        ticket.take_place()
         try:
             yield ticket
         finally:
-            self.requests -= 1
+            ticket.give_place_up()
             self.buffered_bytes -= ticket.held_bytes
 
 
 class Ticket:
-    """An admitted request, and how much memory its body takes."""
+    """An admitted request: whether it has a place among those in work, and how much memory its body takes."""
 
-    def __init__(self, admission: Admission, max_bytes: int) -> None:
+    def __init__(self, admission: Admission, limits: Limits) -> None:
         self._admission = admission
-        self._max_bytes = max_bytes
+        self._max_requests = limits.max_requests
+        self._max_bytes = limits.max_buffered_mb * 10**6
+        self._has_place = False
         self.held_bytes = 0
+
+    def take_place(self) -> None:
+        """Take a place, unless it has one; RefusedError, with status 429, where there is none."""
+        if self._has_place:
+            return
+        if self._admission.requests >= self._max_requests:
+            raise RefusedError(
+                429, f"{self._max_requests} photos are in work, the most at once. Try again later."
+            )
+        self._admission.requests += 1
+        self._has_place = True
+
+    def give_place_up(self) -> None:
+        """Leave the place to others, if it has one."""
+        self._admission.requests -= self._has_place
+        self._has_place = False
 
     def hold(self, more_bytes: int) -> None:
         """Count bytes that came; RefusedError, with status 429, where all bodies together are too large."""
