@@ -112,9 +112,7 @@ class Ticket:
         if self._has_place:
             return
         if self._admission.requests >= self._max_requests:
-            raise RefusedError(
-                429, f"{self._max_requests} photos are in work, the most at once. Try again later."
-            )
+            raise RefusedError(429, f"{self._max_requests} photos are in work, the most at once. Try again later.")
         self._admission.requests += 1
         self._has_place = True
 
