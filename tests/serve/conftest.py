@@ -75,7 +75,7 @@ class Running:
 
 
 @contextmanager
-def running(model: str | Path, *, wait: bool = True, host: str = "127.0.0.1", **limits: Any) -> Iterator[Running]:
+def running(*models: str | Path, wait: bool = True, host: str = "127.0.0.1", **limits: Any) -> Iterator[Running]:
     opened, settled, messages = threading.Event(), threading.Event(), []
 
     def report(message: str) -> None:
@@ -83,7 +83,9 @@ def running(model: str | Path, *, wait: bool = True, host: str = "127.0.0.1", **
         (opened if message.startswith("listening") else settled).set()
 
     with listen(host, 0) as listening:
-        server = Server([str(model)], engine="auto", device="auto", limits=Limits(**limits), report=report)
+        server = Server(
+            [str(model) for model in models], engine="auto", device="auto", limits=Limits(**limits), report=report
+        )
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

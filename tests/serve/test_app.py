@@ -146,7 +146,7 @@ def test_models_are_listed_and_chosen_by_name(service, run_folder):
         ("GET", "/docs", 200),
         ("GET", "/openapi.json", 200),
         ("GET", "/nowhere", 404),
-        ("POST", "/v1/classify/", 307),
+        ("POST", "/v1/classify/", 404),
         ("GET", "/v1/classify", 405),
         ("HEAD", "/v1/classify", 405),
         ("OPTIONS", "/v1/classify", 405),

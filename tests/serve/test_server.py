@@ -104,6 +104,19 @@ def test_answers_in_onnx_runtime_are_those_in_torch(exported, run_folder):
     assert rows[0]["probability"] == pytest.approx(rows[1]["probability"], abs=1e-5)
 
 
+def test_several_models_are_served_side_by_side(exported, run_folder):
+    names = [str(exported), str(run_folder)]
+    with running(*names, exported) as service:
+        assert [model["name"] for model in service.client.get("/v1/models").json()] == names
+        rows = [service.classify(photo(), **chosen).json() for chosen in ({}, {"model": names[0]}, {"model": names[1]})]
+        assert rows[0] == rows[1]
+        assert [score["label"] for score in rows[0]["top"]] == [score["label"] for score in rows[2]["top"]]
+        assert [type(service.service.models[name].engine).__name__ for name in names] == [
+            "OnnxRuntimeEngine",
+            "TorchEngine",
+        ]
+
+
 def test_model_that_cannot_be_loaded_ends_the_service_with_code_2(capsys):
     assert main(["serve", "--port", "0", "--model", "no-such"]) == 2
     err = capsys.readouterr().err

@@ -94,6 +94,7 @@ def create_app(service: Service, metrics: Metrics) -> ASGIApp:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     _add_classify(app, service)
     _add_state(app, service, metrics)
