@@ -212,11 +212,11 @@ def test_connections_beyond_the_bound_are_refused_and_others_go_on(start):
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(2)]
         service.until(lambda: service.metric("weightnet_connections ") == 3)
-        with service.connect() as connection:
-            connection.sendall(head("GET", "/healthz"))
-            answer = read_all(connection)
-            assert answer.startswith(b"HTTP/1.1 429 ")
-            assert b"Retry-After: 1\r\n" in answer
+        refused = stack.enter_context(service.connect())  # it stays open on this side, and takes nobody's place there
+        refused.sendall(head("GET", "/healthz"))
+        answer = read_all(refused)
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"Retry-After: 1\r\n" in answer
         assert service.classify(photo()).status_code == 200
         silent[0].close()
         service.until(lambda: service.metric("weightnet_connections ") == 2)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from weightnet.cli import main
@@ -31,13 +32,13 @@ def exported(run_folder, tmp_path_factory) -> Path:
 
 
 @contextmanager
-def process(*arguments: object) -> Iterator[tuple[subprocess.Popen, int]]:
-    """Run the command line, and give it with its port once it is ready."""
+def process(*arguments: object, until: str = "ready") -> Iterator[tuple[subprocess.Popen, int]]:
+    """Run the command line, and give it with its port once it says something."""
     command = [sys.executable, "-c", WITHOUT_TORCH, "serve", "--port", "0", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         try:
             text = ""
-            while "ready" not in text:
+            while until not in text:
                 assert select.select([started.stderr], [], [], PATIENCE_S)[0], text
                 line = started.stderr.readline()
                 assert line, f"it ended: {text}"
@@ -66,6 +67,18 @@ def test_sigterm_finishes_what_is_in_work_and_frees_the_port(exported):
         assert server.stderr.read() == ""
         with socket.create_server(address):
             pass
+
+
+def test_sigterm_while_loading_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the question for the weights and never answers
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.safetensors"
+        with process("--model", address, until="listening") as (server, port):
+            assert httpx.get(f"http://127.0.0.1:{port}/readyz").json() == {"status": "loading"}
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(5) == -signal.SIGTERM
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), PATIENCE_S)
 
 
 @pytest.mark.full

@@ -28,6 +28,7 @@ class Connections:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.open = 0
+        self.lingering = 0
         self.refused = 0
         self.cut_off = 0
 
@@ -60,14 +61,17 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._all.open += 1
-        if self._all.open > self._all.limits.max_connections:
+        if self._all.open >= self._all.limits.max_connections:
             self._refuse()
         else:
+            self._all.open += 1
             self._head_deadline = self._cut_off_in(self._all.limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._all.open -= 1
+        if self._refused:
+            self._all.lingering -= 1
+        else:
+            self._all.open -= 1
         for timer in (self._head_deadline, self._reading_deadline):
             if timer is not None:
                 timer.cancel()
@@ -113,7 +117,8 @@ class _Protocol(H11Protocol):
         """Answer without reading a request, then wait for a moment: closing at once would destroy the answer."""
         self._refused = True
         self._all.refused += 1
-        if self._all.open > self._all.limits.max_connections + MAX_LINGERING:
+        self._all.lingering += 1
+        if self._all.lingering > MAX_LINGERING:
             self.transport.abort()
             return
         self.transport.write(_REFUSAL)
