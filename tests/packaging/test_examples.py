@@ -17,7 +17,7 @@ def test_cat_is_the_file_of_scikit_image() -> None:
     assert digests[0] == digests[1]
 
 
-def test_predict_script_names_a_class_and_reports_a_bad_file(
+def test_predict_script_names_the_cat_and_reports_a_bad_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.png"
@@ -25,6 +25,6 @@ def test_predict_script_names_a_class_and_reports_a_bad_file(
     monkeypatch.setattr(sys, "argv", ["predict.py", str(EXAMPLES / "cat.png"), str(bad)])
     runpy.run_path(str(EXAMPLES / "predict.py"), run_name="__main__")
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{EXAMPLES / 'cat.png'}: ")
+    assert first.startswith(f"{EXAMPLES / 'cat.png'}: cat (")
     assert first.endswith("%)")
     assert second.startswith(f"{bad}: a photo must be a JPEG, PNG,")

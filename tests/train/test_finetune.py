@@ -35,7 +35,7 @@ def few_photos(shared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:The classifier is new:weightnet.WeightsWarning")
-@pytest.mark.parametrize(("freeze", "accuracy"), [(True, 0.65), (False, 0.65)])
+@pytest.mark.parametrize(("freeze", "accuracy"), [(True, 0.6), (False, 0.7)])
 def test_48_photos_are_enough(few_photos: Path, tmp_path: Path, freeze: bool, accuracy: float) -> None:
     options: dict[str, Any] = {"train_size": 112, "resize": 128, "crop": 112, "interpolation": "area", "min_scale": 0.3}
     options |= {"model": "shufflenet_v2_x0_5", "pretrained": "default", "freeze": freeze, "workers": 0, "device": "cpu"}
