@@ -150,7 +150,7 @@ def start_fabric(config: TrainConfig) -> "Fabric":
         )
     if processes == 1:
         return Fabric(accelerator=config.device, devices=1, precision=config.precision)
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return Fabric(
         accelerator=config.device, devices=here, num_nodes=processes // here, strategy="ddp", precision=config.precision
     )
