@@ -105,8 +105,11 @@ def test_what_takes_too_long_is_cut_off_at_the_end(gate, run_folder):
         gate.open.clear()
         connection.sendall(head(Content_Length=len(photo())) + photo())
         service.until(lambda: gate.arrived == before + 1)
+        begun = time.monotonic()
         service.server.stop()
+        assert service.service.state == "draining"
         assert b" 500 " in connection.recv(65536)
+        assert time.monotonic() - begun < 5
         gate.open.set()
 
 
