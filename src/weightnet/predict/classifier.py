@@ -14,6 +14,7 @@ from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import ImageSource, read_image
 from weightnet.predict.engines import Batch, Model, open_engine
 from weightnet.predict.metrics import softmax
+from weightnet.zoo.cards import Card
 
 _DECODE_THREADS = min(4, os.cpu_count() or 1)  # decoding takes less time than the network: more threads only add memory
 
@@ -199,10 +200,20 @@ class Classifier:
     def _prediction(self, path: str | None, outcome: Outcome, k: int) -> Prediction:
         if isinstance(outcome, str):
             return Prediction(path, "error", outcome, ())
-        probabilities_K = softmax(outcome[None])[0]
-        best = np.argsort(-outcome, kind="stable")[:k]
-        scores = (ClassScore(self.card.classes[i].label, int(i), float(probabilities_K[i])) for i in best)
-        return Prediction(path, "ok", None, tuple(scores))
+        return Prediction(path, "ok", None, best_classes(self.card, outcome, k))
+
+
+def best_classes(card: Card, logits_K: Batch, k: int) -> tuple[ClassScore, ...]:
+    """Return the k most probable classes of a photo, best first; equal ones by class number.
+
+    Args:
+        card: of the model that gave the logits.
+        logits_K: one for each of the card's classes.
+        k: how many classes; more than there are give all.
+    """
+    probabilities_K = softmax(logits_K[None])[0]
+    best = np.argsort(-logits_K, kind="stable")[:k]
+    return tuple(ClassScore(card.classes[i].label, int(i), float(probabilities_K[i])) for i in best)
 
 
 def _finite(logits_K: Batch) -> Outcome:

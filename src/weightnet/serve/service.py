@@ -12,9 +12,8 @@ import numpy as np
 from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import read_image
 from weightnet.images.formats import read_header
-from weightnet.predict.classifier import ClassScore, Prediction
+from weightnet.predict.classifier import Prediction, best_classes
 from weightnet.predict.engines import Batch, Engine, open_engine
-from weightnet.predict.metrics import softmax
 from weightnet.serve.batcher import Batcher, batch_sizes
 from weightnet.serve.body import find_photo
 from weightnet.serve.limits import Admission, Limits, RefusedError
@@ -100,7 +99,7 @@ class Service:
         logits_K = await model.batcher.logits(x_CHW)
         if not np.isfinite(logits_K).all():
             raise RefusedError(500, "The network's output must be finite. Got NaN or infinity: its weights are bad.")
-        return Prediction(path, "ok", None, _best(model.engine, logits_K, k))
+        return Prediction(path, "ok", None, best_classes(model.engine.card, logits_K, k))
 
     async def _prepare(self, engine: Engine, body: bytes, content_type: str) -> tuple[str | None, Batch]:
         """Decode in a thread. A thread cannot be stopped: it stays taken until it is done, whoever went away."""
@@ -179,10 +178,3 @@ def prepare(engine: Engine, body: bytes, content_type: str, limits: Limits) -> t
         raise ImageError(
             f"a photo must be readable. Got {type(error).__name__}. Scale it down or export it again."
         ) from error
-
-
-def _best(engine: Engine, logits_K: Batch, k: int) -> tuple[ClassScore, ...]:
-    probabilities_K = softmax(logits_K[None])[0]
-    best = np.argsort(-logits_K, kind="stable")[:k]
-    labels = engine.card.classes
-    return tuple(ClassScore(labels[i].label, int(i), float(probabilities_K[i])) for i in best)
