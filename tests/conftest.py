@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+os.environ["COLUMNS"] = "100"  # a command of the program keeps the width that it first wrote in
 
 
 @pytest.fixture(scope="session")

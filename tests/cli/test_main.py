@@ -31,8 +31,7 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("command", HELP)
-def test_help_is_the_recorded_text(weightnet, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "100")
+def test_help_is_the_recorded_text(weightnet, command):
     outcome = weightnet(*command.split(), "--help")
     expected = (EXPECT / f"help{'_' if command else ''}{command}.txt").read_text(encoding="utf-8")
     assert (outcome.code, outcome.err) == (0, "")
