@@ -1,0 +1,101 @@
+"""Measure how much of a training run's speed its input pipeline costs, on a folder of photos.
+
+    python benchmarks/input_pipeline.py DATA [--steps N] [--out benchmarks/results/input_pipeline.json]
+
+S is the rate of steps on one batch that is in memory, D that of the pipeline alone (photos read, cropped, coloured,
+batched), T that of both together, as in a run: all in photos per second, on the same cores. A pipeline that wastes
+nothing gives T = 1 / (1 / S + 1 / D); the table states T as a share of that. Photos come from files, and from the cache
+of decoded ones. The three take turns, and figures are medians over the turns.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import weightnet
+from weightnet.train import data
+from weightnet.train.config import TrainConfig
+from weightnet.train.folders import read_folders
+from weightnet.train.loop import _start, start_fabric
+from weightnet.train.step import update
+
+SIZES = (64, 128)
+TURNS = 3
+
+
+def rate(photos: int, work: Callable[[], Any]) -> float:
+    """Return photos per second of some work."""
+    begun_at = time.perf_counter()
+    work()
+    return photos / (time.perf_counter() - begun_at)
+
+
+def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
+    """Return S, D, T and the share that T is of what they allow."""
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"train_size": size, "resize": size, "crop": size, "cache": cache, "device": "cpu"}
+        config = TrainConfig(data=root, out=folder, batch_size=128, min_scale=0.2, interpolation="area", **options)
+        photos, _ = read_folders(root)
+        fabric = start_fabric(config)
+        state, model = _start(fabric, config, len(photos.classes), None, begun=False)
+        batches = data.EpochBatches(photos.labels, config)
+        rates: dict[str, list[float]] = {"S": [], "D": [], "T": []}
+        with data.cached(photos, config, Path(folder, "photos.cache"), lambda: None) as kept:
+
+            def some() -> Any:
+                return itertools.islice(data.training_loader(photos, batches, config, kept), steps)
+
+            def train_on(loaded: Iterable[Any]) -> None:
+                for batch in loaded:
+                    update(fabric, model, state, batch, config, 10**6)
+
+            first = next(iter(some()))
+            train_on([first])
+            for _ in range(TURNS):
+                rates["S"].append(rate(128 * steps, lambda: train_on([first] * steps)))
+                rates["D"].append(rate(128 * steps, lambda: list(some())))
+                rates["T"].append(rate(128 * steps, lambda: train_on(some())))
+    S, D, T = (statistics.median(rates[name]) for name in "SDT")
+    return {"S": round(S), "D": round(D), "T": round(T), "D/S": round(D / S, 2), "share": round(T * (1 / S + 1 / D), 3)}
+
+
+def main() -> None:
+    """Measure, print a table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    print("| px | photos from | S | D | T | D / S | T of 1 / (1 / S + 1 / D) |")
+    print("|---|---|---|---|---|---|---|")
+    rows = {}
+    for size, cache in itertools.product(SIZES, (0, 192)):
+        rows[f"{size} px, {'cache' if cache else 'files'}"] = row = measure(options.data, size, cache, options.steps)
+        source = "cache" if cache else "files"
+        print(
+            f"| {size} | {source} | {row['S']} | {row['D']} | {row['T']} | {row['D/S']} | {row['share']} |", flush=True
+        )
+    report = {
+        "command": f"python benchmarks/input_pipeline.py DATA --steps {options.steps}",
+        "threads": torch.get_num_threads(),
+        "workers": 2,
+        "batch": 128,
+        "network": "shufflenet_v2_x0_5",
+        "torch": str(torch.__version__),
+        "weightnet": weightnet.__version__,
+        "rows": rows,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
