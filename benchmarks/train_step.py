@@ -73,7 +73,7 @@ def peak_memory_mb(form: str, size: int, batch: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure(size: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(size: int, batch: int, rounds: int, memory_mb: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return photos per second, their ratios and the peak memory of every form."""
     steps = {form: step_of(form, size, batch) for form in (PLAIN, *FORMS)}
     for step in steps.values():
@@ -93,7 +93,7 @@ def measure(size: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
             "step_ms_iqr": round(1000 * (quarters[2] - quarters[0]), 1),
             "times_reference": round(statistics.median(seconds["reference"]) / statistics.median(times), 2),
             "times_plain": round(statistics.median(seconds[PLAIN]) / statistics.median(times), 2),
-            "peak_memory_mb": round(peak_memory_mb(form, size, batch), 0),
+            "peak_memory_mb": round(memory_mb[form]),
         }
     return rows
 
@@ -113,7 +113,9 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    rows_of = {f"{size} px, batch {batch}": measure(size, batch, options.rounds) for size, batch in SETTINGS}
+    # Memory first, while this process is small: a child begins with the peak of its parent.
+    memory_mb = {of: {form: peak_memory_mb(form, *of) for form in (PLAIN, *FORMS)} for of in SETTINGS}
+    rows_of = {f"{of[0]} px, batch {of[1]}": measure(*of, options.rounds, memory_mb[of]) for of in SETTINGS}
     report = {
         "command": f"python benchmarks/train_step.py --threads {options.threads} --rounds {options.rounds}",
         "processor": platform.processor() or platform.machine(),
@@ -129,8 +131,7 @@ def main() -> None:
         for form, row in rows.items():
             time_of = f"{row['step_ms']} ({row['step_ms_iqr']})"
             ratios = f"{row['times_reference']} | {row['times_plain']}"
-            memory = f"{row['peak_memory_mb']:.0f}"
-            print(f"| {setting} | {form} | {row['photos_per_s']} | {time_of} | {ratios} | {memory} |")
+            print(f"| {setting} | {form} | {row['photos_per_s']} | {time_of} | {ratios} | {row['peak_memory_mb']} |")
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
