@@ -7,6 +7,7 @@ file may be larger.
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 from pathlib import Path
@@ -31,6 +32,8 @@ def begin(job: dict[str, Any], step: int) -> None:
 def main(job: dict[str, Any]) -> None:
     """Run the job."""
     os.setsid()
+    # As in a process of its own: from the server that this one was forked from, workers would outlive a killed run.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     tiny = NetworkSpec(**job["network"])
     VARIANTS["tiny"] = dataclasses.replace(VARIANTS["shufflenet_v2_x0_5"], spec=tiny)
