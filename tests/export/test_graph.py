@@ -7,8 +7,9 @@ import onnx
 import pytest
 
 from weightnet.errors import MissingDependencyError
-from weightnet.export.graph import OUTPUTS, build_graph
+from weightnet.export.graph import build_graph
 from weightnet.nn.fold import fold
+from weightnet.predict.exported import OUTPUTS
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
 
@@ -49,6 +50,14 @@ def test_graph_has_the_outputs_that_were_asked_for(small, outputs):
     assert [value.name for value in model.graph.output] == outputs
 
 
+def test_graph_keeps_the_classifiers_weights_once(small):
+    sizes = [
+        sum(len(tensor.raw_data) for tensor in constants_of(build_graph(fold(small("r1")), outputs)).values())
+        for outputs in (["logits"], ["logits", "class_weights"])
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_graph_leaves_batch_height_and_width_open(small):
     model = build_graph(fold(small("r1")), OUTPUTS)
     shapes = {
@@ -60,6 +69,7 @@ def test_graph_leaves_batch_height_and_width_open(small):
         "logits": ["batch", 10],
         "pre_logits": ["batch", 32],
         "features": ["batch", 32, "features_height", "features_width"],
+        "class_weights": [10, 32],
     }
 
 

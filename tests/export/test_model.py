@@ -17,6 +17,7 @@ from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.nn.fold import fold
 from weightnet.nn.variants import VARIANTS
+from weightnet.predict.exported import OUTPUTS
 from weightnet.zoo.cards import read_card, write_card
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
@@ -39,7 +40,9 @@ def exact(network, x):
     network = copy.deepcopy(network).double()
     features = network.forward_features(x)
     pre_logits, logits = network.forward_head(features, pre_logits=True), network.forward_head(features)
-    return {"logits": logits.numpy(), "pre_logits": pre_logits.numpy(), "features": features.numpy()}
+    outputs = {"logits": logits, "pre_logits": pre_logits, "features": features}
+    outputs["class_weights"] = network.get_parameter("classifier.0.weight")
+    return {name: value.numpy() for name, value in outputs.items()}
 
 
 def assert_equal(path, network, x, *, tolerance):
@@ -54,7 +57,7 @@ def assert_equal(path, network, x, *, tolerance):
 @pytest.mark.parametrize("name", NAMES)
 def test_export_gives_the_networks_numbers(small, make_pictures, tmp_path, name, suffix):
     path = tmp_path / f"net{suffix}"
-    export_model(small(name), path, outputs=["pre_logits", "features"])
+    export_model(small(name), path, outputs=OUTPUTS)
     for shape in SHAPES:
         assert_equal(path, small(name), make_pictures(*shape), tolerance=1e-4)
 
@@ -62,7 +65,7 @@ def test_export_gives_the_networks_numbers(small, make_pictures, tmp_path, name,
 @pytest.mark.parametrize("form", ["feature", "matmul"])
 @pytest.mark.parametrize("name", ["r1", "r3 one block"])
 def test_export_takes_folded_networks_of_either_form(small, make_pictures, tmp_path, name, form):
-    export_model(fold(small(name), form=form), tmp_path / "net.onnx", outputs=["pre_logits", "features"])
+    export_model(fold(small(name), form=form), tmp_path / "net.onnx", outputs=OUTPUTS)
     for shape in SHAPES:
         assert_equal(tmp_path / "net.onnx", small(name), make_pictures(*shape), tolerance=1e-4)
 
@@ -83,7 +86,7 @@ def test_export_takes_folded_networks_of_either_form(small, make_pictures, tmp_p
 def test_export_gives_the_numbers_of_the_zoos_networks(make_network, make_pictures, tmp_path, name, suffix):
     network = make_network(VARIANTS[name].spec)
     path = tmp_path / f"net{suffix}"
-    card = export_model(network, path, outputs=["pre_logits", "features"])
+    card = export_model(network, path, outputs=OUTPUTS)
     assert max(card.notes["exports"][suffix]["largest_error"].values()) < 1e-4
     assert_equal(path, network, make_pictures(2, 3, 64, 96), tolerance=1e-4)
 
@@ -95,7 +98,7 @@ def test_export_in_half_precision_is_half_as_large_and_near(small, make_pictures
     for precision in ("fp32", "fp16"):
         path = tmp_path / precision / f"net{suffix}"
         path.parent.mkdir()
-        export_model(network, path, precision=precision, outputs=["pre_logits", "features"])
+        export_model(network, path, precision=precision, outputs=OUTPUTS)
         sizes[precision] = path.with_suffix(".bin" if suffix == ".xml" else suffix).stat().st_size
     assert_equal(tmp_path / "fp16" / f"net{suffix}", network, make_pictures(*SHAPES[1]), tolerance=5e-2)
     assert sizes["fp32"] - sizes["fp16"] > 0.4 * sum(p.nbytes for p in fold(network).parameters())
@@ -105,14 +108,14 @@ def test_export_in_half_precision_is_half_as_large_and_near(small, make_pictures
 def test_export_takes_other_numbers_of_channels(small, make_network, make_pictures, tmp_path, suffix):
     network = make_network(dataclasses.replace(small("r1").spec, in_channels=1, num_classes=3))
     path = tmp_path / f"net{suffix}"
-    export_model(network, path, outputs=["pre_logits", "features"])
+    export_model(network, path, outputs=OUTPUTS)
     assert_equal(path, network, make_pictures(2, 1, 40, 50), tolerance=1e-4)
 
 
 def test_export_takes_a_network_in_training_and_leaves_it_so(small, make_pictures, tmp_path):
     network = copy.deepcopy(small("r1")).train()
     before = copy.deepcopy(network.state_dict())
-    export_model(network, tmp_path / "net.onnx", outputs=["pre_logits", "features"])
+    export_model(network, tmp_path / "net.onnx", outputs=OUTPUTS)
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert_equal(tmp_path / "net.onnx", small("r1"), make_pictures(*SHAPES[0]), tolerance=1e-4)
@@ -209,7 +212,11 @@ def test_export_refuses_the_place_of_another_models_card(small, tmp_path):
         ("no/net.onnx", {}, "folder must exist"),
         ("folder.onnx", {}, "must be a file"),
         ("net.onnx", {"precision": "int8"}, r"precision must be fp32 or fp16\. Got precision='int8'"),
-        ("net.onnx", {"outputs": ["probabilities"]}, "outputs must be names from logits, pre_logits, features"),
+        (
+            "net.onnx",
+            {"outputs": ["probabilities"]},
+            "must be names from logits, pre_logits, features, class_weights",
+        ),
         ("net.onnx", {"outputs": "logits"}, "outputs must be names from"),
     ],
 )

@@ -8,23 +8,28 @@ import torch
 
 from weightnet.errors import WeightsError
 from weightnet.export.parity import TOLERANCE, check_parity
+from weightnet.predict.exported import OUTPUTS
 
 
 class Runtime:
     """An engine that runs a network in single precision; what it gives can be tampered with."""
+
+    outputs = OUTPUTS
 
     def __init__(self, network, tamper=lambda x, outputs: outputs):
         self.network, self.card, self.tamper = network, network.card, tamper
         self.shapes = []
 
     @torch.no_grad()
-    def run_all(self, x):
+    def run_outputs(self, x, names):
+        assert names == self.outputs
         self.shapes.append(x.shape)
         features = self.network.forward_features(torch.from_numpy(x))
         outputs = {
             "logits": self.network.forward_head(features),
             "pre_logits": self.network.forward_head(features, pre_logits=True),
             "features": features,
+            "class_weights": self.network.get_parameter("classifier.0.weight"),
         }
         return self.tamper(x, {name: value.numpy() for name, value in outputs.items()})
 
@@ -32,12 +37,13 @@ class Runtime:
 def test_parity_of_a_right_file_is_measured_on_four_batches(small):
     engine = Runtime(small("r1"))
     errors = check_parity(small("r1"), engine, precision="fp32")
-    assert list(errors) == ["logits", "pre_logits", "features"]
+    assert tuple(errors) == OUTPUTS
+    assert errors.pop("class_weights") == 0
     assert all(0 < error < TOLERANCE["fp32"] for error in errors.values())
     assert engine.shapes == [(1, 3, 64, 64), (2, 3, 64, 64), (5, 3, 64, 64), (2, 3, 96, 128)]
 
 
-@pytest.mark.parametrize("wrong", ["logits", "pre_logits", "features"])
+@pytest.mark.parametrize("wrong", OUTPUTS)
 @pytest.mark.parametrize(("factor", "precision"), [(1 + 3e-4, "fp32"), (1.3, "fp16"), (np.nan, "fp32")])
 def test_parity_refuses_an_output_that_is_off(small, wrong, factor, precision):
     engine = Runtime(small("r1"), lambda _, outputs: {**outputs, wrong: outputs[wrong] * np.float32(factor)})

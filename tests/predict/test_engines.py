@@ -6,6 +6,7 @@ import torch
 
 from weightnet.errors import UsageError
 from weightnet.predict.engines import open_engine
+from weightnet.predict.exported import OUTPUTS
 
 BATCH = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
 
@@ -16,6 +17,50 @@ def test_engine_gives_the_logits_of_the_network(tiny_network):
         logits = open_engine(tiny_network, engine=name, device="cpu").run(BATCH)
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_engine_gives_what_the_network_has_before_its_logits(tiny_network):
+    with torch.no_grad():
+        features = tiny_network.forward_features(torch.from_numpy(BATCH))
+        pooled = tiny_network.forward_head(features, pre_logits=True)
+    engine = open_engine(tiny_network, device="cpu")
+    outputs = engine.run_outputs(BATCH, OUTPUTS)
+    assert tuple(outputs) == OUTPUTS == engine.outputs
+    assert all(values.dtype == np.float32 and values.flags.c_contiguous for values in outputs.values())
+    np.testing.assert_allclose(outputs["features"], features, atol=1e-5)
+    np.testing.assert_allclose(outputs["pre_logits"], pooled, atol=1e-5)
+    np.testing.assert_array_equal(outputs["class_weights"], tiny_network.classifier[0].weight.detach())
+    for name, values in outputs.items():
+        np.testing.assert_allclose(engine.run_outputs(BATCH, [name])[name], values, atol=1e-6)
+
+
+def test_mean_of_a_classs_heat_map_is_its_logit(tiny_network):
+    outputs = open_engine(tiny_network).run_outputs(BATCH, OUTPUTS)
+    maps_BKhw = np.einsum("kf,bfhw->bkhw", outputs["class_weights"], outputs["features"])
+    bias_K = tiny_network.classifier[0].bias.detach().numpy()
+    np.testing.assert_allclose(maps_BKhw.mean((2, 3)) + bias_K, outputs["logits"], atol=1e-4)
+
+
+def test_engine_refuses_an_output_of_no_network(tiny_network):
+    with pytest.raises(UsageError, match=r"gives \(logits, .*\)\. Got output='probabilities'\. Choose one of them"):
+        open_engine(tiny_network).run_outputs(BATCH, ["probabilities"])
+
+
+def test_engine_gives_the_logits_alone_of_another_network(tiny_network):
+    class Doubled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.card = tiny_network, tiny_network.card
+
+        def forward(self, x):
+            return 2 * self.network(x)
+
+    engine = open_engine(Doubled(), device="cpu")
+    assert engine.outputs == ("logits",)
+    expected = 2 * tiny_network(torch.from_numpy(BATCH)).detach().numpy()
+    np.testing.assert_allclose(engine.run(BATCH), expected, atol=1e-5)
+    with pytest.raises(UsageError, match=r"gives \(logits\)\. Got output='features'"):
+        engine.run_outputs(BATCH, ["features"])
 
 
 def test_engine_carries_the_card(tiny_network):

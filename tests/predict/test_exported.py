@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.export.model import export_model
 from weightnet.predict.classifier import Classifier
-from weightnet.predict.engines import OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, open_engine
+from weightnet.predict.engines import TorchEngine, open_engine
+from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine, OpenVinoEngine
 from weightnet.zoo.cards import read_card, write_card
 
 BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
@@ -50,13 +51,43 @@ def test_engine_of_an_exported_file_gives_the_networks_logits(exported, tiny_net
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)
-def test_engine_of_an_exported_file_gives_all_its_outputs(exported, tiny_network, suffix, engine):
-    outputs = open_engine(exported / f"net{suffix}", engine=engine).run_all(BATCH)
-    assert [(name, value.shape) for name, value in outputs.items()] == [("logits", (5, 5)), ("pre_logits", (5, 32))]
-    with torch.no_grad():
-        features = tiny_network.forward_features(torch.from_numpy(BATCH))
-        pooled = tiny_network.forward_head(features, pre_logits=True).numpy()
-    np.testing.assert_allclose(outputs["pre_logits"], pooled, atol=1e-5)
+def test_engine_of_an_exported_file_gives_the_outputs_that_it_was_exported_with(tiny_network, tmp_path, suffix, engine):
+    export_model(tiny_network, tmp_path / f"net{suffix}", outputs=OUTPUTS)
+    runner, reference = open_engine(tmp_path / f"net{suffix}", engine=engine), open_engine(tiny_network)
+    assert runner.outputs == OUTPUTS
+    for count in (5, 1, 0):
+        expected = reference.run_outputs(BATCH[:count], OUTPUTS)
+        for names in (OUTPUTS, ("features",), ("class_weights", "logits")):
+            outputs = runner.run_outputs(BATCH[:count], names)
+            assert tuple(outputs) == names
+            for name, values in outputs.items():
+                assert (values.shape, values.dtype) == (expected[name].shape, np.float32)
+                np.testing.assert_allclose(values, expected[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_of_an_exported_file_says_how_to_export_an_output_that_it_lacks(exported, suffix, engine):
+    runner = open_engine(exported / f"net{suffix}", engine=engine)
+    assert runner.outputs == ("logits", "pre_logits")
+    with pytest.raises(UsageError, match=r"gives \(logits, pre_logits\)\. .* again with `--outputs features`"):
+        runner.run_outputs(BATCH, ["logits", "features"])
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engine_refuses_a_file_whose_further_outputs_do_not_fit_its_card(copied, engine):
+    model = onnx.load(copied / "net.onnx")
+    model.graph.output.append(helper.make_tensor_value_info("first_conv", TensorProto.FLOAT, None))
+    for output in model.graph.output:
+        if output.name == "pre_logits":
+            model.graph.output.remove(output)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            renamed = {"pre_logits": "pooled", "first_conv": "pre_logits"}
+            names[:] = [renamed.get(name, name) for name in names]
+    model.graph.output[-1].name = "pre_logits"
+    (copied / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(WeightsError, match=r"further outputs must be \(pre_logits: any x 32\), .* gives \(pre"):
+        open_engine(copied / "net.onnx", engine=engine)
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)

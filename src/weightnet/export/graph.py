@@ -20,12 +20,10 @@ from weightnet import __version__
 from weightnet.errors import MissingDependencyError
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
-from weightnet.predict.engines import INPUT, LOGITS
+from weightnet.predict.exported import CLASS_WEIGHTS, INPUT
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-OUTPUTS = (LOGITS, "pre_logits", "features")
 
 # The first in which Split has a number of outputs and ReduceMean its axes as input; runtimes of 2023 know it.
 _OPSET = 18
@@ -52,15 +50,19 @@ def build_graph(network: FoldedShuffleNetV2, outputs: Sequence[str], *, half_wei
         ) from error
     from onnx import TensorProto, helper
 
-    traced = _Tracer().trace(_Outputs(network, outputs))
+    computed = [name for name in outputs if name != CLASS_WEIGHTS]
+    traced = _Tracer().trace(_Outputs(network, computed))
     writer = _Writer(network, half_weights=half_weights)
     names = writer.write(traced)
-    writer.rename(dict(zip(names, outputs, strict=True)))
+    writer.rename(dict(zip(names, computed, strict=True)))
+    if CLASS_WEIGHTS in outputs:
+        writer.op("Identity", [writer.weight("classifier.weight", network.classifier.weight)], CLASS_WEIGHTS)
     spec = network.spec
     shapes = {
         "logits": ("batch", spec.num_classes),
         "pre_logits": ("batch", spec.head_channels),
         "features": ("batch", spec.head_channels, "features_height", "features_width"),
+        "class_weights": (spec.num_classes, spec.head_channels),
     }
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ("batch", spec.in_channels, "height", "width"))
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in outputs]
@@ -78,7 +80,7 @@ def build_graph(network: FoldedShuffleNetV2, outputs: Sequence[str], *, half_wei
 
 
 class _Outputs(nn.Module):
-    """A network that gives some of its three outputs."""
+    """A network that gives some of what it computes of photos."""
 
     def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str]) -> None:
         super().__init__()

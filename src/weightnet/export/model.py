@@ -10,11 +10,11 @@ from typing import Any
 
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
-from weightnet.export.graph import OUTPUTS, build_graph
+from weightnet.export.graph import build_graph
 from weightnet.export.parity import TOLERANCE, check_parity
 from weightnet.nn.fold import FoldedShuffleNetV2, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.engines import EXPORTED, LOGITS, open_exported, read_openvino
+from weightnet.predict.exported import EXPORTED, LOGITS, OUTPUTS, open_exported, read_openvino
 from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
 from weightnet.zoo.state import variant_name
 from weightnet.zoo.weights import load
@@ -41,8 +41,9 @@ def export_model(
         out: OUT.onnx or OUT.xml.
         precision: "fp32"; or "fp16" for weights kept in half precision, in a file half as large: the numbers computed
             with them are in single precision all the same.
-        outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of,
-            and "features", the last feature map.
+        outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
+            "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
+            features become the heat map of a class.
         progress: whether a download shows a progress bar on standard error.
 
     Returns: the card; its `notes["exports"]` say what was compared.

@@ -1,20 +1,22 @@
 """Whether an exported file gives the network's numbers, in the runtime that will run it."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from weightnet.errors import WeightsError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.predict.exported import CLASS_WEIGHTS
 
 if TYPE_CHECKING:
-    from weightnet.predict.engines import Batch, ExportedEngine
+    from weightnet.predict.engines import Batch, Engine
 
 # How far an output may be from the network's in double precision, as a fraction of the output's largest magnitude.
 # Rounding to float32 moved the outputs of the twelve networks, with random weights and calibrated batch norms, by up
@@ -26,9 +28,7 @@ BATCHES = (1, 2, 5)
 LARGER_PX = (32, 64)  # by how much the height and the width of the other size are larger than the card's
 
 
-def check_parity(
-    network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "ExportedEngine", *, precision: str
-) -> dict[str, float]:
+def check_parity(network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "Engine", *, precision: str) -> dict[str, float]:
     """Compare every output of an exported file with the network in double precision.
 
     The batches are 1, 2 and 5 photos of the card's size and 2 of another one: smooth random pictures, prepared as the
@@ -51,8 +51,8 @@ def check_parity(
         x_BCHW = _pictures(engine.card.preprocess, (max(batches), network.spec.in_channels, *size))
         expected = _exact_outputs(exact, x_BCHW)
         for batch in batches:
-            for name, got in engine.run_all(x_BCHW[:batch]).items():
-                error = _relative_error(got, expected[name][:batch])
+            for name, got in engine.run_outputs(x_BCHW[:batch], engine.outputs).items():
+                error = _relative_error(got, expected[name] if name == CLASS_WEIGHTS else expected[name][:batch])
                 worst[name] = float(np.maximum(worst.get(name, 0.0), error))  # keeps NaN
     allowed = TOLERANCE[precision]
     wrong = {name: error for name, error in worst.items() if not error <= allowed}
@@ -82,7 +82,10 @@ def _pictures(preprocess: Preprocess, shape: tuple[int, ...]) -> "Batch":
 def _exact_outputs(network: ShuffleNetV2 | FoldedShuffleNetV2, x_BCHW: "Batch") -> dict[str, npt.NDArray[np.float64]]:
     features = network.forward_features(torch.from_numpy(x_BCHW).double())
     pre_logits, logits = network.forward_head(features, pre_logits=True), network.forward_head(features)
-    return {"logits": logits.numpy(), "pre_logits": pre_logits.numpy(), "features": features.numpy()}
+    outputs = {"logits": logits, "pre_logits": pre_logits, "features": features}
+    linear = network.classifier if isinstance(network, FoldedShuffleNetV2) else network.classifier[0]
+    outputs[CLASS_WEIGHTS] = cast(Tensor, linear.weight)
+    return {name: value.numpy() for name, value in outputs.items()}
 
 
 def _relative_error(got: "Batch", expected: npt.NDArray[np.float64]) -> float:
