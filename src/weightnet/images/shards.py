@@ -153,7 +153,7 @@ class _Walk:
                         raise _damaged(self._path, "a member of impossible size")
                     begin = member.offset
                     self._take(member)
-                    tar.members = []  # it would hold them all
+                    tar.members = []  # type: ignore[attr-defined]  # it would hold them all
                 end = tar.offset
         except (tarfile.TarError, RecursionError, OverflowError) as error:
             raise _damaged(self._path, str(error)) from None
