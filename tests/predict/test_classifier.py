@@ -230,14 +230,14 @@ def test_classifier_survives_too_little_memory_for_one_photo(classify, monkeypat
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_classifier_reports_output_that_is_not_finite(classify, monkeypatch, value):
-    run = classify._engine.run
+    run = classify._engine.run_outputs
 
-    def run_badly(x_BCHW):
-        logits = run(x_BCHW)
-        logits[1, 3] = value
-        return logits
+    def run_badly(x_BCHW, names):
+        outputs = run(x_BCHW, names)
+        outputs["logits"][1, 3] = value
+        return outputs
 
-    monkeypatch.setattr(classify._engine, "run", run_badly)
+    monkeypatch.setattr(classify._engine, "run_outputs", run_badly)
     predictions = classify([png(1), png(2), png(3)])
     assert [prediction.status for prediction in predictions] == ["ok", "error", "ok"]
     assert "must be finite" in predictions[1].error
@@ -343,3 +343,21 @@ def test_prediction_keeps_the_bytes_of_a_path(classify, tmp_path):
         pytest.skip("this file system takes only UTF-8 names")
     (prediction,) = classify(name)
     assert (prediction.status, prediction.path) == ("ok", name)
+
+
+def test_classifier_embeds_a_photo_as_the_network_pools_it(classify, tiny_network):
+    good, bad = classify.embed([png(1), b"hello"])
+    x = torch.from_numpy(tiny_network.card.preprocess(picture(1))[None])
+    with torch.no_grad():
+        expected = tiny_network.forward_head(tiny_network.forward_features(x), pre_logits=True)[0].numpy()
+    np.testing.assert_allclose(good.pre_logits, expected, atol=1e-5)
+    assert (good.path, good.status, good.error) == (None, "ok", None)
+    assert np.array_equal(np.float32(good.to_dict()["pre_logits"]), good.pre_logits)
+    assert (bad.status, bad.pre_logits) == ("error", None)
+    assert "a photo must be a JPEG" in bad.to_dict()["error"]
+
+
+def test_classifier_without_features_says_so_before_it_takes_a_photo(classify, monkeypatch):
+    monkeypatch.setattr(classify._engine, "outputs", ("logits",))
+    with pytest.raises(UsageError, match="--outputs pre_logits"):
+        classify.embed([])

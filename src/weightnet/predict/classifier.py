@@ -13,13 +13,14 @@ import numpy as np
 from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import ImageSource, read_image
 from weightnet.predict.engines import Batch, Model, open_engine
+from weightnet.predict.exported import LOGITS, PRE_LOGITS, check_outputs
 from weightnet.predict.metrics import softmax
 from weightnet.zoo.cards import Card
 
 _DECODE_THREADS = min(4, os.cpu_count() or 1)  # decoding takes less time than the network: more threads only add memory
 
 _Prepared: TypeAlias = "Batch | str"  # what the network takes, or what is wrong with the photo
-Outcome: TypeAlias = "Batch | str"  # the logits of one photo, or what is wrong with it
+Outcome: TypeAlias = "Batch | str"  # one of the network's outputs for one photo, or what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,32 @@ class Prediction:
         """Return the fields as plain data for JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["top"] = [dataclasses.asdict(score) for score in self.top]
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """What the network sees in one photo, before it names a class; photos that look alike have vectors that are near.
+
+    Args:
+        path: the photo's path; None for bytes, arrays and other photos without one.
+        status: "ok", or "error" for a photo that could not be embedded.
+        error: what is wrong with the photo; None where the status is "ok".
+        pre_logits: the pooled features, which the classifier's last layer works on; None where the status is "error".
+
+    Shape: pre_logits (F,) float32.
+    """
+
+    path: str | None
+    status: Literal["ok", "error"]
+    error: str | None
+    pre_logits: Batch | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for JSON; numbers in the fewest digits that give the float32 back."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.pre_logits is not None:
+            fields["pre_logits"] = short_floats(self.pre_logits)
         return fields
 
 
@@ -154,12 +181,39 @@ class Classifier:
 
         Shape: logits (K,) float32, all finite, in the order of the card's classes.
         """
+        return self._stream_output(images, LOGITS)
+
+    def stream_pre_logits(
+        self, images: "ImageSource | Iterable[ImageSource]"
+    ) -> "Iterator[tuple[str | None, Outcome]]":
+        """Yield each photo's path and its pooled features, or what is wrong with it; otherwise as `stream` does.
+
+        Shape: pre-logits (F,) float32, all finite.
+
+        Raises: UsageError where the model does not give them.
+        """
+        return self._stream_output(images, PRE_LOGITS)
+
+    def embed(self, images: "ImageSource | Iterable[ImageSource]") -> Iterator[Embedding]:
+        """Yield a feature vector for each photo; photos are taken and read as `stream` does.
+
+        Raises: UsageError where the model does not give its features.
+        """
+        return (
+            Embedding(path, "error", vector, None) if isinstance(vector, str) else Embedding(path, "ok", None, vector)
+            for path, vector in self.stream_pre_logits(images)
+        )
+
+    def _stream_output(
+        self, images: "ImageSource | Iterable[ImageSource]", output: str
+    ) -> "Iterator[tuple[str | None, Outcome]]":
+        check_outputs([output], self._engine.outputs)
         alone = isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read")
         if alone or not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]  # type: ignore[list-item]
-        return self._stream(iter(images))  # type: ignore[arg-type]
+        return self._stream(iter(images), output)  # type: ignore[arg-type]
 
-    def _stream(self, images: Iterator[ImageSource]) -> "Iterator[tuple[str | None, Outcome]]":
+    def _stream(self, images: Iterator[ImageSource], output: str) -> "Iterator[tuple[str | None, Outcome]]":
         ahead: deque[tuple[str | None, Future[_Prepared] | _Prepared]] = deque()
         with ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="weightnet-decode") as threads:
             try:
@@ -169,7 +223,7 @@ class Classifier:
                     if not ahead:
                         return
                     batch = [ahead.popleft() for _ in range(min(self.batch_size, len(ahead)))]
-                    yield from self._classify(batch)
+                    yield from self._classify(batch, output)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
@@ -189,13 +243,13 @@ class Classifier:
             return f"a photo must be readable. Got {type(error).__name__}: {error}. Check the file."
 
     def _classify(
-        self, batch: list[tuple[str | None, "Future[_Prepared] | _Prepared"]]
+        self, batch: list[tuple[str | None, "Future[_Prepared] | _Prepared"]], output: str
     ) -> "Iterator[tuple[str | None, Outcome]]":
         prepared = [(path, item.result() if isinstance(item, Future) else item) for path, item in batch]
         inputs = [x_CHW for _, x_CHW in prepared if not isinstance(x_CHW, str)]
-        logits = iter(self._engine.run(np.stack(inputs)) if inputs else ())
+        outputs = iter(self._engine.run_outputs(np.stack(inputs), [output])[output] if inputs else ())
         for path, item in prepared:
-            yield path, item if isinstance(item, str) else _finite(next(logits))
+            yield path, item if isinstance(item, str) else _finite(next(outputs))
 
     def _prediction(self, path: str | None, outcome: Outcome, k: int) -> Prediction:
         if isinstance(outcome, str):
@@ -216,9 +270,18 @@ def best_classes(card: Card, logits_K: Batch, k: int) -> tuple[ClassScore, ...]:
     return tuple(ClassScore(card.classes[i].label, int(i), float(probabilities_K[i])) for i in best)
 
 
-def _finite(logits_K: Batch) -> Outcome:
-    if np.isfinite(logits_K).all():
-        return logits_K
+def short_floats(vector: Batch) -> list[float]:
+    """Return float32 numbers as Python's, in the fewest digits that give them back.
+
+    >>> short_floats(np.array([0.1, 1e-9], np.float32))
+    [0.1, 1e-09]
+    """
+    return [float(str(number)) for number in vector]
+
+
+def _finite(output: Batch) -> Outcome:
+    if np.isfinite(output).all():
+        return output
     return (
         "the network's output must be finite. Got NaN or infinity for this photo. "
         "The weights are damaged or do not fit their preprocessing: get them again."
