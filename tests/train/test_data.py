@@ -1,6 +1,7 @@
 """Batches: the same whatever loads them, and no photo can break them."""
 
 import dataclasses
+import os
 import pickle
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from weightnet.errors import ImageError, TrainingError
 from weightnet.images.decode import read_image
@@ -209,3 +210,20 @@ def test_cached_says_that_there_is_no_room(photos: Path, tmp_path: Path, make_co
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+class _Priorities(Dataset[data.Unreadable]):
+    """The priority of the process that loads, told as the reason of a photo that cannot be read."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> data.Unreadable:
+        return data.Unreadable("photo", str(os.nice(0)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the network runs on the processor only where there is no GPU")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_gives_way_to_the_network(workers: int) -> None:
+    (batch,) = data._loader(_Priorities(), workers, batch_sampler=[[0]])
+    assert int(batch.unreadable[0].reason) == (19 if workers else os.nice(0))

@@ -285,7 +285,7 @@ def _loader(photos: Dataset[Any], workers: int, *, batch_sampler: Iterable[list[
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, beside_network=not torch.cuda.is_available()),
         generator=torch.Generator(),  # a loader draws a number, which nothing uses here: not from the caller's
     )
 
@@ -314,8 +314,12 @@ def cached(
             file.unlink()
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, *, beside_network: bool) -> None:
     cv2.setNumThreads(0)
+    if beside_network and hasattr(os, "nice"):
+        # The network's threads wait for each other: a worker that takes the place of one holds up all. Workers at the
+        # lowest priority run in the gaps, and whenever a batch is late.
+        os.nice(19)
     # A signal to the whole process group is the training loop's to handle: it saves first, and the workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
