@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,13 @@ class Gate:
         self.arrived = 0
         self.batches: list[int] = []
 
-    def run(self, network: Callable[[np.ndarray], np.ndarray], x_BCHW: np.ndarray) -> np.ndarray:
+    def run(self, network: Callable[..., dict], x_BCHW: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         self.arrived += len(x_BCHW)
         self.batches.append(len(x_BCHW))
         assert self.open.wait(PATIENCE_S)
         if self.fail is not None:
             raise self.fail
-        return network(x_BCHW) * (np.nan if self.nan else 1)
+        return {name: array * (np.nan if self.nan else 1) for name, array in network(x_BCHW, names).items()}
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def gate(monkeypatch) -> Iterator[Gate]:
 
     def open_gated(*arguments: Any, **options: Any) -> Any:
         engine = open_engine(*arguments, **options)
-        network = engine.run
-        engine.run = lambda x_BCHW: gate.run(network, x_BCHW)
+        network = engine.run_outputs
+        engine.run_outputs = lambda x_BCHW, names: gate.run(network, x_BCHW, names)
         return engine
 
     monkeypatch.setattr(module, "open_engine", open_gated)

@@ -128,7 +128,7 @@ def test_k_names_as_many_classes_as_there_are(service, k, named):
 
 def test_models_are_listed_and_chosen_by_name(service, run_folder):
     assert service.client.get("/v1/models").json() == [
-        {"name": str(run_folder), "network": "tiny", "classes": 5, "measured": {"top1": 0.25}}
+        {"name": str(run_folder), "network": "tiny", "classes": 5, "measured": {"top1": 0.25}, "heatmap": True}
     ]
     assert service.classify(photo(), model=str(run_folder)).status_code == 200
     answer = service.classify(photo(), model="other")

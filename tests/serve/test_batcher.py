@@ -14,13 +14,22 @@ def thread():
         yield executor
 
 
+async def logits(batcher, value):
+    return (await batcher.outputs(np.float32([value]), ("logits",)))["logits"]
+
+
 def ask(thread, photos, run=lambda x: x, *, announced=0, cancel=(), **options):
     """Give photos to a batcher, all at once; return what became of each, and the sizes of the batches."""
     sizes = []
 
     async def main():
-        batcher = Batcher(run, thread=thread, on_batch=sizes.append, **{"batch_size": 4, "wait_s": 0.2, **options})
-        asks = [asyncio.ensure_future(batcher.logits(np.float32([value]))) for value in photos]
+        batcher = Batcher(
+            lambda x, names: {"logits": run(x)},
+            thread=thread,
+            on_batch=sizes.append,
+            **{"batch_size": 4, "wait_s": 0.2, **options},
+        )
+        asks = [asyncio.ensure_future(logits(batcher, value)) for value in photos]
         await asyncio.sleep(0)
         for index in cancel:
             asks[index].cancel()
@@ -28,7 +37,7 @@ def ask(thread, photos, run=lambda x: x, *, announced=0, cancel=(), **options):
         async def announce():
             with batcher.announced():
                 await asyncio.sleep(0.05)
-            return await batcher.logits(np.float32([9]))
+            return await logits(batcher, 9)
 
         asks += [asyncio.ensure_future(announce()) for _ in range(announced)]
         await asyncio.sleep(0)
@@ -44,6 +53,27 @@ def test_batcher_gives_each_photo_its_own_logits(thread):
     outcomes, sizes = ask(thread, range(7), run=lambda x: x * 2)
     assert np.concatenate(outcomes).tolist() == [0, 2, 4, 6, 8, 10, 12]
     assert sizes == [4, 2, 1]
+
+
+def test_batch_runs_once_for_all_outputs_that_its_photos_want(thread):
+    runs = []
+
+    def run(x, names):
+        runs.append((len(x), names))
+        return {name: x * factor for name, factor in (("logits", 2), ("features", 3)) if name in names}
+
+    async def main():
+        batcher = Batcher(run, thread=thread, batch_size=4, wait_s=0, on_batch=lambda size: None)
+        wanted = [("logits",), ("logits", "features"), ("logits",), ("features",)]
+        asks = [asyncio.ensure_future(batcher.outputs(np.float32([i]), names)) for i, names in enumerate(wanted)]
+        await asyncio.sleep(0)
+        serving = asyncio.ensure_future(batcher.serve())
+        outcomes = await asyncio.gather(*asks)
+        serving.cancel()
+        return [{name: array.item() for name, array in outputs.items()} for outputs in outcomes]
+
+    assert asyncio.run(main()) == [{"logits": 0}, {"logits": 2, "features": 3}, {"logits": 4}, {"features": 9}]
+    assert runs == [(4, ["logits", "features"])]
 
 
 def test_lone_photo_runs_at_once(thread):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,8 +20,9 @@ from weightnet.errors import ImageError
 from weightnet.serve.body import FIELD, read_body
 from weightnet.serve.limits import LINGER_S, RefusedError
 from weightnet.serve.metrics import CONTENT_TYPE, Metrics
+from weightnet.serve.page import add_page
 from weightnet.serve.reference import reference_page
-from weightnet.serve.service import Service
+from weightnet.serve.service import ServedModel, Service, WantedMap
 
 CLIENT_GONE = 499  # nobody reads it; it is counted
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,29 @@ class Score(BaseModel):
     probability: float
 
 
+class Place(BaseModel):
+    """A rectangle in the photo, in fractions of its width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Map(BaseModel):
+    """What each part of the photo said for the class `index`."""
+
+    index: int
+    rows: int
+    columns: int
+    values: list[list[float]] = Field(
+        description="Evidence in each cell, row by row, in units of logits, below 0 against the class; their mean and "
+        "the class's bias make its logit"
+    )
+    box: Place = Field(description="Where the whole map lies; it may reach beyond what is seen, and beyond the photo")
+    seen: Place = Field(description="The part of the photo that the network sees")
+
+
 class Row(BaseModel):
     """A photo's prediction, or what is wrong with the request."""
 
@@ -44,6 +68,7 @@ class Row(BaseModel):
     status: Literal["ok", "error"]
     error: str | None
     top: list[Score]
+    heatmap: Map | None = Field(default=None, description="Only where the request asks for it")
 
 
 class ModelEntry(BaseModel):
@@ -53,6 +78,7 @@ class ModelEntry(BaseModel):
     network: str
     classes: int
     measured: dict[str, Any]
+    heatmap: bool = Field(description="Whether it says where it looked")
 
 
 class State(BaseModel):
@@ -70,6 +96,8 @@ _ERRORS = {
     504: "The answer took too long",
 }
 _CLASSIFY_ERRORS = _ERRORS | {404: "No such model is served", 500: "The network failed"}
+_ClassIndex = Annotated[int, Field(ge=0)]
+_WANTED_MAP: dict[str, WantedMap] = {"true": "top", "false": None}
 _BYTES = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "properties": {FIELD: _BYTES}, "required": [FIELD]}
 _PHOTO_BODY = {
@@ -98,6 +126,7 @@ def create_app(service: Service, metrics: Metrics) -> ASGIApp:
     )
     _add_classify(app, service)
     _add_state(app, service, metrics)
+    add_page(app)
     for kind, answer in _HANDLERS.items():
         app.add_exception_handler(kind, answer)
     return _Edge(app, metrics, known_paths={route.path for route in app.routes if hasattr(route, "path")})
@@ -115,14 +144,20 @@ def _add_classify(app: FastAPI, service: Service) -> None:
         request: Request,
         k: Annotated[int, Query(ge=1, description="How many classes to name, the most probable first")] = 5,
         model: Annotated[str | None, Query(description="One of /v1/models; the first where it is left out")] = None,
+        heatmap: Annotated[
+            Literal["true", "false"] | _ClassIndex,
+            Query(description="Where the network looked: true for the most probable class, or the index of a class"),
+        ] = "false",
     ) -> Response:
         chosen = service.model(model)
+        wanted_map = _WANTED_MAP[heatmap] if isinstance(heatmap, str) else heatmap
+        service.check_map(chosen, wanted_map)
         with service.admission.enter() as ticket:
             body = await read_body(request.headers, request.stream(), limits=service.limits, ticket=ticket)
             content_type = request.headers.get("content-type", "")
-            work = service.classify(chosen, body, content_type, k)
-            prediction = await _while_wanted(request, work, service.limits.answer_timeout_s)
-        return JSONResponse(prediction.to_dict())
+            work = service.classify(chosen, body, content_type, k=k, wanted_map=wanted_map)
+            answer = await _while_wanted(request, work, service.limits.answer_timeout_s)
+        return JSONResponse(answer.to_dict())
 
     @app.get(
         "/v1/models",
@@ -132,11 +167,7 @@ def _add_classify(app: FastAPI, service: Service) -> None:
     )
     async def models() -> list[ModelEntry]:
         service.model(None)
-        cards = [(model.name, model.engine.card) for model in service.models.values()]
-        return [
-            ModelEntry(name=name, network=card.name, classes=len(card.classes), measured=dict(card.measured))
-            for name, card in cards
-        ]
+        return [_entry(model) for model in service.models.values()]
 
 
 def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -166,6 +197,17 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(reference_page(app.openapi()))
+
+
+def _entry(model: ServedModel) -> ModelEntry:
+    card = model.engine.card
+    return ModelEntry(
+        name=model.name,
+        network=card.name,
+        classes=len(card.classes),
+        measured=dict(card.measured),
+        heatmap=model.class_weights is not None,
+    )
 
 
 async def _while_wanted(request: Request, work: Awaitable[T], timeout_s: float) -> T:

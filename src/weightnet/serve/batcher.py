@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -11,10 +11,13 @@ import numpy as np
 
 from weightnet.predict.engines import Batch
 
+Run = Callable[[Batch, Sequence[str]], dict[str, Batch]]
+
 
 class _Waiting(NamedTuple):
     photo: Batch
-    logits: "asyncio.Future[Batch]"
+    names: tuple[str, ...]
+    outputs: "asyncio.Future[dict[str, Batch]]"
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -30,7 +33,7 @@ class Batcher:
     """Collects prepared photos and runs them through a network, in one thread, a batch at a time.
 
     Args:
-        run: the network: (B, C, H, W) float32 -> (B, K) float32.
+        run: the network: (B, C, H, W) float32, and the names of outputs -> those, (B, ...) float32 each.
         thread: where it runs.
         batch_size: photos in a batch at most.
         wait_s: how long a photo waits for others that are announced, in seconds.
@@ -39,7 +42,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[Batch], Batch],
+        run: Run,
         *,
         thread: Executor,
         batch_size: int,
@@ -62,7 +65,7 @@ class Batcher:
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Say that a photo is on its way (it is being decoded): others may wait for it. `logits` comes right after."""
+        """Say that a photo is on its way (it is being decoded): others may wait for it. `outputs` comes right after."""
         self._announced += 1
         try:
             yield
@@ -70,15 +73,17 @@ class Batcher:
             self._announced -= 1
             self._changed.set()
 
-    async def logits(self, x_CHW: Batch) -> Batch:
-        """Return the logits of a photo. Where the caller is cancelled before its batch begins, it is left out.
+    async def outputs(self, x_CHW: Batch, names: tuple[str, ...]) -> dict[str, Batch]:
+        """Return outputs for a photo. Where the caller is cancelled before its batch begins, it is left out.
 
-        Shape: (C, H, W) float32, prepared as the card says -> (K,) float32.
+        Photos of one batch may want different ones: the network gives all of them for all.
+
+        Shape: (C, H, W) float32, prepared as the card says -> (...) float32 each.
         """
-        waiting = _Waiting(x_CHW, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(x_CHW, names, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._changed.set()
-        return await waiting.logits
+        return await waiting.outputs
 
     async def serve(self) -> None:
         """Run batches until cancelled."""
@@ -90,15 +95,16 @@ class Batcher:
             self._on_batch(len(batch))
             try:
                 x_BCHW = np.stack([waiting.photo for waiting in batch])
-                logits_BK = await loop.run_in_executor(self._thread, self._run, x_BCHW)
+                names = list(dict.fromkeys(name for waiting in batch for name in waiting.names))
+                outputs = await loop.run_in_executor(self._thread, self._run, x_BCHW, names)
             except Exception as error:  # its clients are told; the next batch may well run
                 for waiting in batch:
-                    if not waiting.logits.done():
-                        waiting.logits.set_exception(error)
+                    if not waiting.outputs.done():
+                        waiting.outputs.set_exception(error)
                 continue
-            for waiting, logits_K in zip(batch, logits_BK, strict=True):
-                if not waiting.logits.done():
-                    waiting.logits.set_result(logits_K)
+            for place, waiting in enumerate(batch):
+                if not waiting.outputs.done():
+                    waiting.outputs.set_result({name: outputs[name][place] for name in waiting.names})
 
     async def _next_batch(self) -> list[_Waiting]:
         while not self._waiting:
@@ -107,7 +113,7 @@ class Batcher:
             async with asyncio.timeout(self._wait_s):
                 while self._announced and len(self._waiting) < self._sizes[-1]:
                     await self._change()
-        wanted = [waiting for waiting in self._waiting if not waiting.logits.done()]
+        wanted = [waiting for waiting in self._waiting if not waiting.outputs.done()]
         size = max((size for size in self._sizes if size <= len(wanted)), default=0)
         self._waiting = deque(wanted[size:])
         return wanted[:size]

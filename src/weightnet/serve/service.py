@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from weightnet.images.decode import read_image
 from weightnet.images.formats import read_header
 from weightnet.predict.classifier import Prediction, best_classes
 from weightnet.predict.engines import Batch, Engine, open_engine
+from weightnet.predict.exported import CLASS_WEIGHTS, FEATURES, LOGITS
+from weightnet.predict.heatmap import Heatmap, make_heatmap
 from weightnet.serve.batcher import Batcher, batch_sizes
 from weightnet.serve.body import find_photo
 from weightnet.serve.limits import Admission, Limits, RefusedError
@@ -21,13 +23,39 @@ from weightnet.serve.limits import Admission, Limits, RefusedError
 DECODE_THREADS = min(4, os.cpu_count() or 1)
 
 
+WantedMap: TypeAlias = "Literal['top'] | int | None"  # the most probable class's heat map, a class's own, or none
+
+
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """A model that is loaded, and what collects its photos."""
+    """A model that is loaded, and what collects its photos. Without `class_weights` it gives no heat maps."""
 
     name: str
     engine: Engine
     batcher: Batcher
+    class_weights: Batch | None  # (K, F)
+
+
+class Prepared(NamedTuple):
+    """A photo as the network takes it, with its name, if it has one, and its own size."""
+
+    path: str | None
+    input: Batch  # (C, H, W)
+    height_px: int
+    width_px: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a client gets for a photo."""
+
+    prediction: Prediction
+    heatmap: Heatmap | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row of `predict --json`, with the heat map where one was asked for."""
+        more = {} if self.heatmap is None else {"heatmap": self.heatmap.to_dict()}
+        return {**self.prediction.to_dict(), **more}
 
 
 class Service:
@@ -92,23 +120,57 @@ class Service:
             raise RefusedError(404, f"model must be one that is served: {', '.join(self.names)}. Got model={name!r}.")
         return self.models[self.names[0] if name is None else name]
 
-    async def classify(self, model: ServedModel, body: bytes, content_type: str, k: int) -> Prediction:
-        """Return the prediction for the photo in a request's body; ImageError says what is wrong with it."""
-        with model.batcher.announced():
-            path, x_CHW = await self._prepare(model.engine, body, content_type)
-        logits_K = await model.batcher.logits(x_CHW)
-        if not np.isfinite(logits_K).all():
-            raise RefusedError(500, "The network's output must be finite. Got NaN or infinity: its weights are bad.")
-        return Prediction(path, "ok", None, best_classes(model.engine.card, logits_K, k))
+    def check_map(self, model: ServedModel, wanted: WantedMap) -> None:
+        """Refuse a heat map that cannot be had: RefusedError, with status 422."""
+        if wanted is None:
+            return
+        if model.class_weights is None:
+            raise RefusedError(
+                422,
+                f"heatmap must be false for this model, whose file gives only {', '.join(model.engine.outputs)}. "
+                f"Got heatmap={'true' if wanted == 'top' else wanted}. Leave it out, or export the model again with "
+                f"--outputs {FEATURES} {CLASS_WEIGHTS}.",
+            )
+        classes = len(model.engine.card.classes)
+        if wanted != "top" and wanted >= classes:
+            raise RefusedError(
+                422,
+                f"heatmap must be the number of a class, 0 to {classes - 1}, or true. Got heatmap={str(wanted)[:100]}. "
+                "Take an index of an answer's top.",
+            )
 
-    async def _prepare(self, engine: Engine, body: bytes, content_type: str) -> tuple[str | None, Batch]:
+    async def classify(
+        self, model: ServedModel, body: bytes, content_type: str, *, k: int, wanted_map: WantedMap
+    ) -> Answer:
+        """Return the answer for the photo in a request's body; ImageError says what is wrong with it."""
+        with model.batcher.announced():
+            photo = await self._prepare(model.engine, body, content_type)
+        outputs = await model.batcher.outputs(photo.input, (LOGITS,) if wanted_map is None else (LOGITS, FEATURES))
+        if not np.isfinite(outputs[LOGITS]).all():
+            raise RefusedError(500, "The network's output must be finite. Got NaN or infinity: its weights are bad.")
+        card = model.engine.card
+        prediction = Prediction(photo.path, "ok", None, best_classes(card, outputs[LOGITS], k))
+        if wanted_map is None or model.class_weights is None:
+            return Answer(prediction, None)
+        index = prediction.top[0].index if wanted_map == "top" else wanted_map
+        heatmap = make_heatmap(
+            outputs[FEATURES],
+            model.class_weights[index],
+            index=index,
+            preprocess=card.preprocess,
+            height_px=photo.height_px,
+            width_px=photo.width_px,
+        )
+        return Answer(prediction, heatmap)
+
+    async def _prepare(self, engine: Engine, body: bytes, content_type: str) -> Prepared:
         """Decode in a thread. A thread cannot be stopped: it stays taken until it is done, whoever went away."""
         await self._free_decoders.acquire()
         work = asyncio.get_running_loop().run_in_executor(
             self._decoders, prepare, engine, body, content_type, self.limits
         )
 
-        def release(done: "asyncio.Future[tuple[str | None, Batch]]") -> None:
+        def release(done: "asyncio.Future[Prepared]") -> None:
             self._free_decoders.release()
             if not done.cancelled():
                 done.exception()  # seen here, should nobody wait any longer
@@ -119,22 +181,25 @@ class Service:
     async def _load_all(self) -> None:
         loop = asyncio.get_running_loop()
         for name in self.names:
-            engine = await loop.run_in_executor(self._network_thread, self._load, name)
+            engine, class_weights_KF = await loop.run_in_executor(self._network_thread, self._load, name)
             batcher = Batcher(
-                engine.run,
+                engine.run_outputs,
                 thread=self._network_thread,
                 batch_size=self.limits.batch_size,
                 wait_s=self.limits.batch_wait_ms / 1000,
                 on_batch=lambda size: self.on_batch(size),
             )
-            self.models[name] = ServedModel(name, engine, batcher)
+            self.models[name] = ServedModel(name, engine, batcher, class_weights_KF)
             self._keep(batcher.serve())
         if self.state == "loading":
             self.state = "ready"
             self.on_ready()
 
-    def _load(self, name: str) -> Engine:
-        """Open a model and run it once in each size of batch, so that the first clients need not wait for that."""
+    def _load(self, name: str) -> tuple[Engine, Batch | None]:
+        """Open a model and run it once in each size of batch, so that the first clients need not wait for that.
+
+        Returns its classifier's weights too, where they and the feature map are to be had.
+        """
         engine = open_engine(name, engine=self._engine, device=self._device)
         card = engine.card
         if card.network.in_channels != 3:
@@ -142,9 +207,12 @@ class Service:
                 f"A network must take 3 channels to classify photos. Got model={name!r}, "
                 f"in_channels={card.network.in_channels}. Serve another one."
             )
+        gives_maps = {FEATURES, CLASS_WEIGHTS} <= set(engine.outputs)
+        names, outputs = [LOGITS, FEATURES, CLASS_WEIGHTS] if gives_maps else [LOGITS], {}
         for size in batch_sizes(self.limits.batch_size):
-            engine.run(np.zeros((size, 3, card.preprocess.crop, card.preprocess.crop), np.float32))
-        return engine
+            x_BCHW = np.zeros((size, 3, card.preprocess.crop, card.preprocess.crop), np.float32)
+            outputs = engine.run_outputs(x_BCHW, names)
+        return engine, outputs.get(CLASS_WEIGHTS)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -157,8 +225,8 @@ class Service:
             self.on_failure()
 
 
-def prepare(engine: Engine, body: bytes, content_type: str, limits: Limits) -> tuple[str | None, Batch]:
-    """Return the name of the photo in a request's body, and the photo as the network takes it.
+def prepare(engine: Engine, body: bytes, content_type: str, limits: Limits) -> Prepared:
+    """Return the photo in a request's body as the network takes it.
 
     Raises: ImageError says what is wrong with it.
     """
@@ -171,7 +239,8 @@ def prepare(engine: Engine, body: bytes, content_type: str, limits: Limits) -> t
                 f"Got {header.width_px} x {header.height_px} pixels. Scale it down."
             )
     try:
-        return path, engine.card.preprocess(read_image(photo))
+        pixels = read_image(photo)
+        return Prepared(path, engine.card.preprocess(pixels), *pixels.shape[:2])
     except ImageError:
         raise
     except Exception as error:  # a decoder that is short of memory, or worse: the photo's fault, for all we know
