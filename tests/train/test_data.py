@@ -100,7 +100,7 @@ def test_training_loader_is_a_function_of_seed_epoch_and_position(
     order = epoch_order(folder.labels, seed=5, epoch=7, balance=0)
     got = batches_of(folder, config, tmp_path, epoch=7)
     for position, index in enumerate(order):
-        want = augment(read_image(folder.path(index)), np.random.default_rng((5, 7, position)), config)
+        want = augment(read_image(folder.source(index)), np.random.default_rng((5, 7, position)), config)
         np.testing.assert_array_equal(got[position // 9].photos[position % 9].numpy(), want)
         assert got[position // 9].labels[position % 9] == folder.labels[index]
 
@@ -171,7 +171,7 @@ def test_validation_loader_prepares_photos_as_the_card_says(own_photos: Path) ->
     assert {photo.name for photo in unreadable} == spoiled
     crops = np.concatenate([batch.photos.numpy() for batch in batches])
     kept = [index for index in range(len(folder)) if folder.name(index) not in spoiled]
-    want = np.stack([preprocess.crop_uint8(read_image(folder.path(index))) for index in kept])
+    want = np.stack([preprocess.crop_uint8(read_image(folder.source(index))) for index in kept])
     np.testing.assert_array_equal(crops, want)
     assert torch.cat([batch.labels for batch in batches]).tolist() == folder.labels[kept].tolist()
 

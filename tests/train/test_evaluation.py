@@ -42,7 +42,7 @@ def test_evaluate_agrees_with_a_recount_by_the_classifier(
 ) -> None:
     folder, _ = read_folders(photos)
     figures, unreadable = evaluate(network, folder, network.card.preprocess, batch_size=batch_size, workers=workers)
-    rows = Classifier(network)([folder.path(index) for index in range(len(folder))])
+    rows = Classifier(network)([folder.source(index) for index in range(len(folder))])
     best = np.array([row.top[0].index for row in rows])
     right = best == folder.labels
     own = [

@@ -30,7 +30,7 @@ def test_read_folders_sorts_by_class_then_name(data: Path) -> None:
     assert train.files == ("cat/10.jpg", "cat/20.jpg", "cat/3.webp", "dog/1.jpg", "dog/2.PNG")
     assert train.labels.tolist() == [0, 0, 0, 1, 1]
     assert train.classes == (ClassLabel("cat"), ClassLabel("dog"))
-    assert train.path(1) == f"{data}/train/cat/20.jpg"
+    assert train.source(1) == f"{data}/train/cat/20.jpg"
     assert val.name(4) == "val/dog/2.PNG"
     assert len(val) == 5
 

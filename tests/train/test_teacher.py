@@ -70,7 +70,7 @@ def test_fit_learns_classes_from_the_teacher_alone(tmp_path: Path, make_config: 
     _, val = read_folders(make_config().data)
     preprocess = weightnet.preprocess_for(network)
     with torch.inference_mode():
-        photos = torch.stack([torch.from_numpy(preprocess(read_image(val.path(i)))) for i in range(len(val))])
+        photos = torch.stack([torch.from_numpy(preprocess(read_image(val.source(i)))) for i in range(len(val))])
         features = network.forward_head(network.forward_features(photos), pre_logits=True)
         predicted = F.linear(features, head["weight"], head["bias"]).argmax(1)
     assert (predicted.numpy() == val.labels).mean() > 0.9
@@ -105,7 +105,7 @@ def test_targets_are_the_teachers_probabilities(tmp_path: Path, make_config: Mak
     network = weightnet.load(taught)
     preprocess = weightnet.preprocess_for(network)
     for view, index in ((0, 0), (1, 20), (1, 35)):
-        photo = read_image(folder.path(index))
+        photo = read_image(folder.source(index))
         crop = cut(photo, view_box(photo, view, index, config), 40, "area")
         with torch.inference_mode():
             want = network(torch.from_numpy(preprocess.normalize(crop))[None]).softmax(1)[0].numpy()
@@ -123,7 +123,7 @@ def test_training_crops_are_the_views_that_the_teacher_saw(tmp_path: Path, make_
         crop = photos[epoch, 7, index]
         assert isinstance(crop, data.Crop)
         assert crop.target is not None
-        photo = read_image(folder.path(index))
+        photo = read_image(folder.source(index))
         want = cut(photo, view_box(photo, epoch % 2, index, config), 32, "linear")
         assert np.array_equal(crop.pixels, want) or np.array_equal(crop.pixels[:, ::-1], want)
         assert set(crop.target.tolist()) == {epoch % 2}

@@ -23,7 +23,7 @@ class TrainConfig:
     """Options of a training run; the defaults are the original's recipe.
 
     Args:
-        data: folder with `train/` and `val/`, each with one folder of photos per class.
+        data: folder with `train/` and `val/`, each with one folder of photos per class, or with tar shards.
         out: run folder: weights, card, checkpoint and log; a model name everywhere.
         model: a name of the zoo, which fixes the network.
         pretrained: weights to start from: a model name, run folder or file; its classifier is new where classes differ.

@@ -76,7 +76,7 @@ class PhotoCache:
             for start in range(0, len(folder), CACHE_BLOCK_PHOTOS):
                 check_stop()
                 block = range(start, min(start + CACHE_BLOCK_PHOTOS, len(folder)))
-                jobs = ((folder.path(index), short_edge_px) for index in block)
+                jobs = ((folder, index, short_edge_px) for index in block)
                 for index, photo in zip(block, pool.map(_decode_small, jobs), strict=True):
                     if isinstance(photo, str):
                         self.reasons[index] = photo
@@ -101,13 +101,13 @@ def read_photo(folder: PhotoFolder, index: int, cache: PhotoCache | None) -> Pix
 
     Raises: ImageError where it cannot be read.
     """
-    return read_image(folder.path(index)) if cache is None else cache[index]
+    return read_image(folder.source(index)) if cache is None else cache[index]
 
 
-def _decode_small(job: tuple[str, int]) -> Pixels | str:
-    path, short_edge_px = job
+def _decode_small(job: tuple[PhotoFolder, int, int]) -> Pixels | str:
+    folder, index, short_edge_px = job
     try:
-        return shrink_short_edge(read_image(path), short_edge_px)
+        return shrink_short_edge(read_image(folder.source(index)), short_edge_px)
     except ImageError as error:
         return str(error)
 
@@ -183,7 +183,7 @@ class ValidationPhotos(Dataset[Crop | Unreadable]):
 
     def __getitem__(self, index: int) -> Crop | Unreadable:
         try:
-            crop = self.preprocess.crop_uint8(read_image(self.folder.path(index)))
+            crop = self.preprocess.crop_uint8(read_image(self.folder.source(index)))
         except ImageError as error:
             return Unreadable(self.folder.name(index), str(error))
         return Crop(crop, int(self.folder.labels[index]))

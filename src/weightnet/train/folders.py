@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ class PhotoFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def path(self, index: int) -> str:
-        """Return where a photo lies."""
+    def source(self, index: int) -> str | bytes:
+        """Return a photo as `read_image` takes it: its path.
+
+        Raises: ImageError where it lies in a file with others and cannot be read there.
+        """
         return os.path.join(self.root, self.files[index])
 
     def name(self, index: int) -> str:
@@ -98,6 +102,12 @@ def _class_labels(root: Path, names: list[str]) -> tuple[list[str], tuple[ClassL
     else:
         known = {label.wnid: label for label in imagenet_classes()}
         folders, classes = names, [known.get(name) or ClassLabel(name) for name in names]
+    check_labels(root, classes)
+    return folders, tuple(classes)
+
+
+def check_labels(root: Path, classes: Sequence[ClassLabel]) -> None:
+    """Raise DataError where a card could not hold the classes' names."""
     labels = [entry.label for entry in classes]
     bad = [label for label in labels if not label.isprintable() or not 0 < len(label) <= MAX_LABEL_LENGTH]
     repeated = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
@@ -106,21 +116,10 @@ def _class_labels(root: Path, names: list[str]) -> tuple[list[str], tuple[ClassL
             f"Class names must be 1 to {MAX_LABEL_LENGTH} printable characters, and no two the same. "
             f"Got {_few(bad or repeated)} in {root}. Rename the folders or mend classes.csv."
         )
-    return folders, tuple(classes)
 
 
 def _read_class_table(table: Path, names: list[str]) -> tuple[list[str], list[ClassLabel]]:
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} must be a table in CSV and UTF-8. Got: {error}. Save it so, or remove it.") from error
-    if not {"folder", "label"} <= set(columns):
-        raise DataError(
-            f"{table} must have the columns folder and label, between commas. Got columns={_few(columns)}. "
-            "Name them in its first line."
-        )
+    rows = read_table(table, ("folder", "label"))
     folders = [row["folder"] or "" for row in rows]
     if sorted(folders) != names:
         odd = sorted({name for name in {*folders, *names} if folders.count(name) != names.count(name)})
@@ -128,18 +127,38 @@ def _read_class_table(table: Path, names: list[str]) -> tuple[list[str], list[Cl
             f"{table} must have one row for each class folder. "
             f"Got missing, unknown or repeated rows: {_few(odd)}. Mend the file or remove it."
         )
-    return folders, [_label_of_row(table, row) for row in rows]
+    return folders, [label_of_row(table, row) for row in rows]
 
 
-def _label_of_row(table: Path, row: dict[str, Any]) -> ClassLabel:
+def read_table(table: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the rows of a table of classes.
+
+    Raises: DataError where it is not a table, or lacks a column that is needed.
+    """
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} must be a table in CSV and UTF-8. Got: {error}. Save it so, or remove it.") from error
+    if not set(needed) <= set(columns):
+        raise DataError(
+            f"{table} must have the columns {' and '.join(needed)}, between commas. Got columns={_few(columns)}. "
+            "Name them in its first line."
+        )
+    return rows
+
+
+def label_of_row(table: Path, row: dict[str, Any]) -> ClassLabel:
+    """Return the class of a row; DataError where its number or WordNet id is none."""
     wnid, index = row.get("wnid") or None, row.get("imagenet_index") or None
+    name = row.get("folder") or row["label"]
     if index is not None and not (index.isascii() and index.isdigit() and int(index) < 1000):
         raise DataError(
-            f"imagenet_index must be empty or a number from 0 to 999. Got {index!r} for {row['folder']} in {table}. "
-            "Mend it."
+            f"imagenet_index must be empty or a number from 0 to 999. Got {index!r} for {name} in {table}. Mend it."
         )
     if wnid is not None and not (wnid.isprintable() and len(wnid) <= MAX_LABEL_LENGTH):
-        raise DataError(f"wnid must be empty or like n02084071. Got {wnid!r} for {row['folder']} in {table}. Mend it.")
+        raise DataError(f"wnid must be empty or like n02084071. Got {wnid!r} for {name} in {table}. Mend it.")
     return ClassLabel(row["label"] or "", wnid, None if index is None else int(index))
 
 

@@ -17,8 +17,9 @@ from weightnet.train import data
 from weightnet.train.config import TrainConfig
 from weightnet.train.data import Unreadable
 from weightnet.train.evaluation import evaluate
-from weightnet.train.folders import PhotoFolder, read_folders
+from weightnet.train.folders import PhotoFolder
 from weightnet.train.run import RunFolder, RunState, diverged
+from weightnet.train.shards import read_photos
 from weightnet.train.step import averaged_model, draw_from, parameter_groups, update
 from weightnet.train.teacher import Student, Teacher, load_teacher, teach
 from weightnet.zoo.cards import Card
@@ -91,7 +92,7 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
 
     Source: megvii-model/WeightNet, `train.py`.
     """
-    train_photos, val_photos = read_folders(config.data)
+    train_photos, val_photos = read_photos(config.data)
     fabric = start_fabric(config)
     first = fabric.is_global_zero
     with (
