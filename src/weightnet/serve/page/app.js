@@ -171,6 +171,7 @@ function showAnswer() {
   const [best] = row.top;
   document.body.classList.add("answered");
   $("result").hidden = false;
+  $("result").scrollIntoView({ block: "nearest" }); // on a phone it begins below what is on show
   $("answer").removeAttribute("aria-busy");
   $("best").textContent = best.label;
   $("classes").replaceChildren(...row.top.map(classRow));

@@ -13,12 +13,15 @@ export function setUpCamera(onPhoto, onProblem) {
 
 async function openDialog(onPhoto, onProblem) {
   const [dialog, view, shoot] = [$("camera-dialog"), $("camera-view"), $("shoot")];
+  $("camera").disabled = true; // while the browser asks for leave: a second press would open the camera twice
   let stream;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 } } });
   } catch (error) {
     onProblem(sentence(error));
     return;
+  } finally {
+    $("camera").disabled = false;
   }
   view.srcObject = stream;
   view.onloadeddata = () => (shoot.disabled = false);
