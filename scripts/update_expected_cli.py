@@ -15,7 +15,7 @@ TEXTS = {
     "help.txt": ["--help"],
     **{
         f"help_{name}.txt": [name, "--help"]
-        for name in ("predict", "models", "convert", "evaluate", "export", "serve", "train")
+        for name in ("predict", "models", "convert", "evaluate", "export", "serve", "classify-many", "train")
     },
     "models.txt": ["models", "shufflenet*"],
 }

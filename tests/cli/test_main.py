@@ -17,7 +17,7 @@ from weightnet import __version__, cli
 from weightnet.errors import WeightsWarning
 
 EXPECT = Path(__file__).parents[1] / "expect" / "cli"
-HELP = ("", "predict", "models", "convert", "evaluate", "export", "serve", "train")
+HELP = ("", "predict", "models", "convert", "evaluate", "export", "serve", "classify-many", "train")
 
 
 # A variable that some machines set, and that hides what is left in buffers.

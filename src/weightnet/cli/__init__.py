@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from cyclopts import App, CycloptsError
 
 from weightnet import __version__
-from weightnet.cli import convert, evaluate, export, models, predict, serve
+from weightnet.cli import classify_many, convert, evaluate, export, models, predict, serve
 from weightnet.cli.output import printable, say, silence_results
 from weightnet.errors import (
     DataError,
@@ -55,6 +55,7 @@ app.command(convert.convert)
 app.command(evaluate.evaluate)
 app.command(export.export)
 app.command(serve.serve)
+app.command(classify_many.classify_many)
 app.command("weightnet.cli.train:train", help="Train a network on folders of photos.")  # its flags need NumPy
 
 
@@ -102,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tokens(argv: Sequence[str]) -> list[str]:
-    """Hide lone dashes, which mean standard input to `predict`, from cyclopts, which takes them for options."""
-    return [predict.STDIN if token == "-" and argv[0] == "predict" else token for token in argv]
+    """Hide lone dashes, which mean standard input to two commands, from cyclopts, which takes them for options."""
+    return [predict.STDIN if token == "-" and argv[0] in ("predict", "classify-many") else token for token in argv]
 
 
 @contextmanager

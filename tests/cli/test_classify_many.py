@@ -1,0 +1,77 @@
+"""`weightnet classify-many` as a user sees it: exit codes, the line at the end, messages."""
+
+import io
+import json
+import sys
+
+import pytest
+from pyarrow import parquet
+
+
+@pytest.fixture
+def classify(weightnet, run_folder):
+    """Run the command with the small model."""
+    return lambda *arguments: weightnet("classify-many", *arguments, "--model", run_folder, "--device", "cpu")
+
+
+def test_classify_many_counts_at_the_end(classify, photos):
+    outcome = classify("a.png", "b.png", "--out", "out")
+    assert outcome == (0, "images 2, ok 2, errors 0, partitions 1\n", "")
+    assert parquet.read_table("out/part-00000.parquet").column_names == ["path", "status", "error", "top"]
+
+
+def test_classify_many_with_a_broken_photo_exits_1(classify, photos):
+    outcome = classify(".", "--out", "out", "--json", "--rows-per-file", 3)
+    assert outcome.code == 1
+    assert outcome.rows == {"images": 4, "ok": 3, "errors": 1, "partitions": 2, "resumed": 0, "out": "out"}
+
+
+def test_classify_many_that_was_finished_says_so(classify, photos):
+    first = classify(".", "--out", "out")
+    again = classify(".", "--out", "out")
+    assert again[:2] == first[:2]
+    assert again.err == "weightnet: nothing is left to do in out: the run was finished before.\n"
+
+
+def test_classify_many_that_goes_on_says_how_much_was_done(classify, photos):
+    classify(".", "--out", "out", "--rows-per-file", 1)
+    (photos / "out/part-00002.parquet").unlink()
+    assert "went on with 3 of 4 partitions" in classify(".", "--out", "out", "--rows-per-file", 1).err
+
+
+def test_classify_many_takes_a_list_from_standard_input(classify, photos, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\nsub/broken.jpg\n")))
+    assert classify("-", "--out", "out", "--format", "jsonl").code == 1
+    rows = [json.loads(line) for line in (photos / "out/part-00000.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["status"]) for row in rows] == [("a.png", "ok"), ("sub/broken.jpg", "error")]
+
+
+def test_classify_many_writes_embeddings(classify, photos):
+    classify("a.png", "--out", "out", "--embeddings", "--format", "csv")
+    header, row = (photos / "out/part-00000.csv").read_text().splitlines()
+    assert header.startswith("path,status,error,pre_logits1,")
+    assert len(row.split(",")) == len(header.split(",")) == 3 + 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "out"], "IN must name at least one photo"),
+        (["*.jpg", "--out", "out"], "*.jpg: no photo matches this pattern."),
+        (["a.png"], "--out requires an argument"),
+        (["a.png", "--out", "sub"], "holds other files"),
+        (["a.png", "--out", "out", "--format", "xml"], "--format"),
+        (["missing.txt", "--out", "out"], "A list of photos must be a readable file"),
+        (["a.png", "--out", "out", "--runner", "ray", "-k", "0"], "k must be at least 1"),
+    ],
+)
+def test_classify_many_refuses_wrong_usage(classify, photos, arguments, message):
+    outcome = classify(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+
+
+def test_classify_many_with_a_folder_without_photos_among_others_exits_1(classify, photos):
+    (photos / "none").mkdir()
+    outcome = classify("none", "a.png", "--out", "out")
+    assert outcome == (1, "images 1, ok 1, errors 0, partitions 1\n", "weightnet: none: no photo is in this folder.\n")
