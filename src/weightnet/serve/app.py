@@ -251,8 +251,10 @@ async def _on_bad_photo(_: Request, error: Exception) -> Response:
 
 async def _on_bad_parameter(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return _row(422, f"{first['loc'][-1]} must fit. Got {str(first.get('input'))[:100]!r}: {first['msg']}.")
+    first, *others = error.errors()
+    where = first["loc"][:2]  # "query" and the parameter; a longer one says which of several forms it was held against
+    why = "; ".join([first["msg"], *(other["msg"] for other in others if other["loc"][:2] == where)])
+    return _row(422, f"{where[-1]} must fit. Got {str(first.get('input'))[:100]!r}: {why}.")
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
