@@ -48,9 +48,9 @@ def network_table(endings: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def default_table() -> str:
-    """Return what the embedded model's card says."""
-    weights = embedded_models()["default"]
+def model_table(name: str) -> str:
+    """Return what an embedded model's card says."""
+    weights = embedded_models()[name]
     card = read_card(card_path(weights))
     preprocess = card.preprocess
     resizing = "antialiased" if preprocess.interpolation == "area" else "bilinear"
@@ -58,7 +58,10 @@ def default_table() -> str:
         "network": f"`{variant_name(card.network)}`",
         "classes": str(len(card.classes)),
         "input": f"short edge {preprocess.resize} px, {resizing}; centre {preprocess.crop} x {preprocess.crop}",
-        "file": f"{weights.stat().st_size / 1e6:.1f} MB",
+        "files": " and ".join(
+            f"{path.stat().st_size / 1e6:.1f} MB {what}"
+            for path, what in ((weights, "of weights"), (weights.with_suffix(".onnx"), "exported"))
+        ),
         **figure_rows(card.measured),
         "terms": card.terms,
     }
@@ -94,7 +97,7 @@ def default_output() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "first table": lambda: network_table({"x0_5": "", "x1_0": "", "x1_5": "", "x2_0": ""}),
     "second table": lambda: network_table({"x0_5": ".wn8x", "x1_0": ".wn4x", "x1_5": ".wn4x", "x2_0": ".wn4x"}),
-    "default": default_table,
+    "default": lambda: model_table("default"),
     "weightnet predict examples/cat.png": default_output,
 }
 

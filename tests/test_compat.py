@@ -18,7 +18,8 @@ from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import VARIANTS
 from weightnet.zoo import hub
 from weightnet.zoo.convert import convert
-from weightnet.zoo.weights import load, preprocess_for
+from weightnet.zoo.describe import preprocess_for
+from weightnet.zoo.weights import load
 
 IMPORTS = {
     "import megengine.hub": "import weightnet.compat as megengine",

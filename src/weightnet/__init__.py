@@ -1,4 +1,4 @@
-"""WeightNet on ShuffleNetV2, exact to the original, on PyTorch. Importing the package is cheap: names load when used.
+"""WeightNet on ShuffleNetV2, exact to the original. Importing the package is cheap: names load when they are used.
 
 >>> import weightnet
 >>> weightnet.list_models("*x0_5")
@@ -19,6 +19,7 @@ from weightnet.errors import (
     WeightNetError,
     WeightsError,
     WeightsWarning,
+    needs_torch,
 )
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from weightnet.nn.variants import NetworkSpec
     from weightnet.predict.classifier import Classifier, Prediction
     from weightnet.zoo.convert import convert
+    from weightnet.zoo.describe import preprocess_for
     from weightnet.zoo.hub import list_models
-    from weightnet.zoo.weights import load, preprocess_for
+    from weightnet.zoo.weights import load
 
 __version__ = "0.1.0"
 
@@ -82,7 +84,7 @@ _HOMES = {
     "functional": "",
     "list_models": "zoo.hub",
     "load": "zoo.weights",
-    "preprocess_for": "zoo.weights",
+    "preprocess_for": "zoo.describe",
     "set_form": "nn.layers",
     "transforms": "",
 }
@@ -94,7 +96,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'weightnet' has no attribute {name!r}")
     if not _HOMES[name]:
         return importlib.import_module(f"weightnet.{name}")
-    value = getattr(importlib.import_module(f"weightnet.{_HOMES[name]}"), name)
+    with needs_torch(f"weightnet.{name}", extra="export" if name == "export_model" else "torch"):
+        value = getattr(importlib.import_module(f"weightnet.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

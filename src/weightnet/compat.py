@@ -14,10 +14,13 @@ torch.Size([1, 1000])
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from weightnet.errors import UsageError
+from weightnet.errors import UsageError, needs_torch
+
+with needs_torch("weightnet.compat"):
+    import torch
+    from torch import Tensor
+
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.zoo.weights import load
 

@@ -3,8 +3,8 @@
 Messages follow one form: "<what> must be <rule>. Got <name>=<value>. <what to do>."
 """
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class WeightNetError(Exception):
@@ -53,7 +53,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("shufflenet_v2_x05", ["shufflenet_v2_x0_5", "resnet"])
     'Did you mean shufflenet_v2_x0_5?'
     """
+    import difflib
+
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     if not close:
         return ""
     return f"Did you mean {' or '.join(filter(None, [', '.join(close[:-1]), close[-1]]))}?"
+
+
+@contextmanager
+def needs_torch(what: str, *, extra: str = "torch") -> Iterator[None]:
+    """Say what to install where an import in this context finds no PyTorch.
+
+    Args:
+        what: what needs it, as the beginning of a sentence.
+        extra: the extra of this package that brings it, with whatever else is needed.
+
+    Raises: MissingDependencyError in place of the import's own error.
+
+    Example:
+        >>> with needs_torch("Training", extra="train"):
+        ...     raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        Traceback (most recent call last):
+        weightnet.errors.MissingDependencyError: Training needs PyTorch. Install it by: pip install 'weightnet[train]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "jaxtyping"):
+            raise
+        raise MissingDependencyError(
+            f"{what} needs PyTorch. Install it by: pip install 'weightnet[{extra}]'"
+        ) from error

@@ -5,11 +5,14 @@
 torch.Size([2, 4, 5, 1, 1])
 """
 
-from weightnet.nn.functional import (
-    generate_kernels,
-    weightnet_conv2d_feature,
-    weightnet_conv2d_matmul,
-    weightnet_conv2d_reference,
-)
+from weightnet.errors import needs_torch
+
+with needs_torch("weightnet.functional"):
+    from weightnet.nn.functional import (
+        generate_kernels,
+        weightnet_conv2d_feature,
+        weightnet_conv2d_matmul,
+        weightnet_conv2d_reference,
+    )
 
 __all__ = ["generate_kernels", "weightnet_conv2d_feature", "weightnet_conv2d_matmul", "weightnet_conv2d_reference"]

@@ -97,5 +97,5 @@ def test_graph_of_the_same_network_is_the_same_bytes(small):
 
 def test_graph_says_how_to_install_onnx(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'weightnet\[onnx\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'weightnet\[export\]'"):
         build_graph(fold(small("r1")), ["logits"])

@@ -156,14 +156,14 @@ def test_class_of_unreadable_photos_has_no_accuracy(classifier, data, tmp_path):
 
 def test_evaluate_leaves_photos_out_whose_output_is_not_finite(tiny_network, data, monkeypatch):
     classifier = Classifier(tiny_network, device="cpu")
-    run = classifier._engine.run
+    run = classifier._engine.run_outputs
 
-    def run_badly(x_BCHW):
-        logits = run(x_BCHW)
-        logits[0, 0] = np.nan
-        return logits
+    def run_badly(x_BCHW, names):
+        outputs = run(x_BCHW, names)
+        outputs["logits"][0, 0] = np.nan
+        return outputs
 
-    monkeypatch.setattr(classifier._engine, "run", run_badly)
+    monkeypatch.setattr(classifier._engine, "run_outputs", run_badly)
     evaluation = evaluate(classifier, read_labelled_photos(data, classifier.card.classes))
     assert len(evaluation.unreadable) == 4
     assert any("must be finite" in error for _, error in evaluation.unreadable)

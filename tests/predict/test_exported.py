@@ -18,7 +18,7 @@ from weightnet.export.model import export_model
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.engines import TorchEngine, open_engine
 from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine, OpenVinoEngine
-from weightnet.zoo.cards import read_card, write_card
+from weightnet.zoo.cards import embedded_models, read_card, write_card
 
 BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
 WAYS = [(".onnx", "onnxruntime"), (".onnx", "openvino"), (".xml", "openvino")]
@@ -73,6 +73,13 @@ def test_engine_of_an_exported_file_says_how_to_export_an_output_that_it_lacks(e
         runner.run_outputs(BATCH, ["logits", "features"])
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("shape", [(2, 3, 31, 40), (2, 1, 64, 64), (3, 64, 64)])
+def test_engine_refuses_a_batch_that_no_network_takes(engine, shape):
+    with pytest.raises(UsageError, match=r"batch of shape \(B, 3, H, W\) with H and W of at least 32 px\. Got shape="):
+        open_engine("default", engine=engine, device="cpu").run(np.zeros(shape, np.float32))
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engine_refuses_a_file_whose_further_outputs_do_not_fit_its_card(copied, engine):
     model = onnx.load(copied / "net.onnx")
@@ -96,7 +103,7 @@ def test_classifier_gives_the_same_answers_in_every_engine(tmp_path, suffix, eng
     export_model("default", path)
     photos = [skimage.data.chelsea()[..., ::-1], skimage.data.coffee()[..., ::-1], skimage.data.astronaut()]
     photos = [np.ascontiguousarray(photo) for photo in photos]
-    expected = Classifier("default", device="cpu")(photos, k=112)
+    expected = Classifier("default", engine="torch", device="cpu")(photos, k=112)
     got = Classifier(path, engine=engine, batch_size=2)(photos, k=112)
     for one, two in zip(got, expected, strict=True):
         assert [score.label for score in one.top[:5]] == [score.label for score in two.top[:5]]
@@ -122,7 +129,7 @@ def test_engine_is_chosen_by_the_file(exported, tiny_network):
 
 @pytest.mark.parametrize(
     ("model", "engine"),
-    [("net.onnx", "torch"), ("net.xml", "torch"), ("net.xml", "onnxruntime"), ("default", "onnxruntime")],
+    [("net.onnx", "torch"), ("net.xml", "torch"), ("net.xml", "onnxruntime"), ("run", "onnxruntime")],
 )
 def test_engine_refuses_a_model_that_it_does_not_run(exported, monkeypatch, model, engine):
     monkeypatch.chdir(exported)
@@ -132,13 +139,39 @@ def test_engine_refuses_a_model_that_it_does_not_run(exported, monkeypatch, mode
         open_engine(model, engine=engine)
 
 
+@pytest.mark.parametrize("engine", ["auto", "onnxruntime", "openvino"])
+def test_embedded_model_runs_in_every_engine_with_the_same_answers(engine):
+    photos = [np.ascontiguousarray(photo[..., ::-1]) for photo in (skimage.data.chelsea(), skimage.data.coffee())]
+    expected = Classifier("default", engine="torch", device="cpu")
+    got = Classifier("default", engine=engine)
+    assert got.card == expected.card
+    for one, two in zip(got(photos, k=112), expected(photos, k=112), strict=True):
+        probabilities = [{score.label: score.probability for score in answer.top} for answer in (one, two)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5, rel=0)
+
+
+def test_embedded_models_give_all_outputs_exported_and_in_pytorch():
+    for name in embedded_models():
+        chosen = {engine: open_engine(name, engine=engine) for engine in ("auto", "torch", "openvino")}
+        kinds = {"auto": OnnxRuntimeEngine, "torch": TorchEngine, "openvino": OpenVinoEngine}
+        assert {engine: type(runner) for engine, runner in chosen.items()} == kinds
+        assert {runner.outputs for runner in chosen.values()} == {OUTPUTS}
+
+
+def test_embedded_model_runs_in_pytorch_where_the_device_needs_it():
+    with pytest.raises(UsageError, match=r"that this PyTorch can use here: .* Got device='cuda:99'"):
+        open_engine("default", device="cuda:99")
+    with pytest.raises(UsageError, match=r"device must be auto or cpu in onnxruntime\. Got device='cuda'"):
+        open_engine("default", engine="onnxruntime", device="cuda")
+
+
 def test_engine_refuses_a_network_in_an_engine_of_files(tiny_network):
     with pytest.raises(UsageError, match="Got engine='openvino', model=a ShuffleNetV2"):
         open_engine(tiny_network, engine="openvino")
 
 
 def test_engine_of_an_exported_file_has_no_gpu(exported):
-    with pytest.raises(UsageError, match=r"device must be auto or cpu for an exported file\. Got device='cuda'"):
+    with pytest.raises(UsageError, match=r"device must be auto or cpu in onnxruntime\. Got device='cuda'"):
         open_engine(exported / "net.onnx", device="cuda")
 
 
@@ -153,10 +186,11 @@ def test_run_folder_named_like_a_file_is_a_run_folder(copied, tiny_network, tmp_
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino", "openvino.frontend"])
-def test_engine_names_the_extra_of_a_missing_package(exported, monkeypatch, package):
-    suffix, extra = (".onnx", "onnx") if package == "onnxruntime" else (".xml", "openvino")
+def test_engine_says_how_to_install_a_missing_package(exported, monkeypatch, package):
+    suffix = ".onnx" if package == "onnxruntime" else ".xml"
+    requirement = "onnxruntime" if package == "onnxruntime" else r"'weightnet\[openvino\]'"
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=rf"needs {package[:8]}.*pip install 'weightnet\[{extra}\]'"):
+    with pytest.raises(MissingDependencyError, match=rf"needs {package[:8]}.*pip install {requirement}$"):
         open_engine(exported / f"net{suffix}")
 
 

@@ -19,8 +19,9 @@ from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import VARIANTS
 from weightnet.zoo import cards, hub
 from weightnet.zoo.cards import Card, numbered_classes, write_card
+from weightnet.zoo.describe import card_for, preprocess_for
 from weightnet.zoo.state import read_state, spec_from_state, variant_name
-from weightnet.zoo.weights import card_for, load, preprocess_for
+from weightnet.zoo.weights import load
 
 from .conftest import TINY, TINY_CARD, TINY_RAW, TINY_SPEC, Tensors, save_torch
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from weightnet.cli.output import open_results, printable
+from weightnet.errors import needs_torch
 
 if TYPE_CHECKING:
     from weightnet.zoo.cards import Card
@@ -24,7 +25,8 @@ def convert(
         out: OUT.safetensors, beside which the card is written as OUT.json; or OUT.pkl, which the original reads.
         pixels: What the weights were trained on; auto lets the statistics in the stem's batch norm decide.
     """
-    from weightnet.zoo.convert import convert as convert_weights
+    with needs_torch("`weightnet convert`"):
+        from weightnet.zoo.convert import convert as convert_weights
 
     results = open_results()
     results.write(printable(_gist(convert_weights(source, out, pixels=pixels), out)) + "\n")

@@ -40,9 +40,9 @@ def evaluate(
         data: A folder with one folder of photos per class, or with train/ and val/, of which val/ is taken. Folders
             are matched to the model's classes by WordNet id, then by label, or as a classes.csv says
             (columns folder, label, wnid); one that fits none is an error. Classes without a folder are fine.
-        engine: What runs the network: onnxruntime or openvino for a file of `weightnet export`, torch for all else;
-            auto takes what fits.
-        device: auto, cpu, cuda, cuda:N or mps.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
+            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        device: cpu; with torch auto, cuda, cuda:N or mps too.
         batch_size: Photos that run at once.
         resize: Short edge before the crop, in pixels; left out: the model's own.
         crop: Height and width of what the network sees, in pixels; left out: the model's own.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from weightnet.cli.output import Switch, open_results, printable
+from weightnet.errors import needs_torch
 
 
 def export(
@@ -35,7 +36,8 @@ def export(
         json: Write a JSON object: `{"path", "bytes", "precision", "outputs", "largest_error", "allowed_error",
             "checked_in", "exporter"}`.
     """
-    from weightnet.export.model import export_model
+    with needs_torch("`weightnet export`", extra="export"):
+        from weightnet.export.model import export_model
 
     results = open_results()
     card = export_model(model, out, precision=precision, outputs=outputs)

@@ -43,9 +43,9 @@ def predict(
         k: How many classes to name, the most probable first.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`.
-        engine: What runs the network: onnxruntime or openvino for a file of `weightnet export`, torch for all else;
-            auto takes what fits.
-        device: auto, cpu, cuda, cuda:N or mps.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
+            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        device: cpu; with torch auto, cuda, cuda:N or mps too.
         batch_size: Photos that run at once.
         json: Write one JSON array, with an object for each photo:
             `{"path", "status": "ok" | "error", "error", "top": [{"label", "index", "probability"}]}`.

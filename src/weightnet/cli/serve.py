@@ -28,9 +28,9 @@ def serve(
         port: The port to listen on; 0 for a free one, which is named.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`. Given several times, requests choose by `?model=`, and get the first by default.
-        engine: What runs the network: onnxruntime or openvino for a file of `weightnet export`, torch for all else;
-            auto takes what fits.
-        device: auto, cpu, cuda, cuda:N or mps.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
+            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        device: cpu; with torch auto, cuda, cuda:N or mps too.
     """
     try:
         from weightnet.serve.server import serve as run

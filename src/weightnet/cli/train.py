@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from weightnet.cli.output import Switch, figures, open_results, printable, say
+from weightnet.errors import needs_torch
 from weightnet.train.config import TrainConfig, read_options
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def train(
     options = TrainConfig.from_options({**(read_options(config) if config else {}), **given})
     results = open_results()
 
-    from weightnet.train.loop import fit
+    with needs_torch("`weightnet train`", extra="train"):
+        from weightnet.train.loop import fit
 
     with _reports() as report:
         card = fit(options, resume=resume, report=report)

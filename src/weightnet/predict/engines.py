@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from weightnet.errors import UsageError, nearest
+from weightnet.errors import UsageError, nearest, needs_torch
 from weightnet.predict.exported import (
     CLASS_WEIGHTS,
     EXPORTED,
@@ -20,11 +20,12 @@ from weightnet.predict.exported import (
     LOGITS,
     OUTPUTS,
     PRE_LOGITS,
+    check_batch,
     check_outputs,
     open_exported,
 )
 from weightnet.zoo.cards import Card
-from weightnet.zoo.hub import find_weights
+from weightnet.zoo.hub import PUBLISHED, embedded_export, find_weights
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> 
     Args:
         model: a name of `list_models()`, a run folder, a weights file, an exported file with its card beside it, or a
             network with a card in `.card`, of which a copy is taken.
-        engine: "onnxruntime" or "openvino" for exported files, "torch" for all else; "auto" takes what fits the file.
-        device: "auto" takes a GPU where there is one; "cpu", "cuda", "cuda:N" or "mps". Exported files run on the CPU.
+        engine: "onnxruntime" or "openvino" for the models inside the package and exported files, "torch" for all but
+            exported files; "auto" takes the first of them that fits.
+        device: "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
 
     Raises:
         UsageError: an unknown engine, one that does not run this model, a device that this machine or engine does not
@@ -94,18 +96,19 @@ mean torch?
         hint = nearest(engine, ENGINES) or "Leave it out for the best one here."
         known = f"{', '.join(ENGINES[:-1])} or {ENGINES[-1]}"
         raise UsageError(f"engine must be {known}. Got engine={engine!r}. {hint}")
-    exported = _exported_file(model)
-    fitting = EXPORTED[exported.suffix] if exported else ("torch",)
+    exported, fitting = _ways(model)
     if engine not in ("auto", *fitting):
         raise UsageError(
-            "engine must be one that runs the model: onnxruntime or openvino for .onnx files, openvino for .xml files, "
-            f"torch for all others. Got engine={engine!r}, model={_name(model)}. "
-            "Leave it out, or write a file for it by `weightnet export`."
+            "engine must be one that runs the model: onnxruntime or openvino for models inside the package and .onnx "
+            f"files, openvino for .xml files, torch for all but such files. Got engine={engine!r}, "
+            f"model={_name(model)}. Leave it out, or write a file for it by `weightnet export`."
         )
-    if exported is None:
+    if engine == "auto":
+        engine = fitting[0] if device in ("auto", "cpu") or "torch" not in fitting else "torch"
+    if exported is None or engine == "torch":
         return TorchEngine(model, device=device)
     if device not in ("auto", "cpu"):
-        raise UsageError(f"device must be auto or cpu for an exported file. Got device={device!r}. Leave it out.")
+        raise UsageError(f"device must be auto or cpu in {engine}. Got device={device!r}. Leave it out.")
     return open_exported(exported, engine=engine)
 
 
@@ -113,10 +116,13 @@ class TorchEngine:
     """Runs a network in PyTorch, networks of this package folded; `open_engine` says what its arguments are."""
 
     def __init__(self, model: Model, *, device: str = "auto") -> None:
-        from torch import channels_last
+        if isinstance(model, str | os.PathLike) and "://" not in os.fspath(model) and model not in PUBLISHED:
+            find_weights(model)  # so that a wrong name is called that, and not what lacks PyTorch
+        with needs_torch(f"The model {_name(model)}"):
+            from torch import channels_last
 
-        from weightnet.nn.fold import FoldedShuffleNetV2, fold
-        from weightnet.nn.shufflenet import ShuffleNetV2
+            from weightnet.nn.fold import FoldedShuffleNetV2, fold
+            from weightnet.nn.shufflenet import ShuffleNetV2
 
         self.device = _torch_device(device)
         network, self.card = _network(model)
@@ -136,6 +142,7 @@ class TorchEngine:
         import torch
 
         check_outputs(names, self.outputs)
+        check_batch(x_BCHW, self.card)
         with torch.inference_mode():
             x = torch.from_numpy(x_BCHW).to(self.device, memory_format=torch.channels_last)
             if set(names) <= {LOGITS}:
@@ -182,12 +189,17 @@ def _torch_device(device: str) -> "torch.device":
     return torch.device(device)
 
 
-def _exported_file(model: Model) -> Path | None:
-    """Return the exported file that a model's name means, None where it means something else."""
-    if not isinstance(model, str | os.PathLike) or Path(model).suffix not in EXPORTED:
-        return None
-    path = find_weights(model)
-    return path if path.suffix in EXPORTED else None
+def _ways(model: Model) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the exported file that a model's name means, None where it means another, and what runs the model."""
+    if not isinstance(model, str | os.PathLike):
+        return None, ("torch",)
+    embedded = embedded_export(os.fspath(model))
+    if embedded:
+        return embedded, (*EXPORTED[embedded.suffix], "torch")
+    path = find_weights(model) if Path(model).suffix in EXPORTED else None
+    if path is None or path.suffix not in EXPORTED:  # a run folder may be called anything
+        return None, ("torch",)
+    return path, EXPORTED[path.suffix]
 
 
 def _name(model: Model) -> str:

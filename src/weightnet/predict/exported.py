@@ -25,6 +25,7 @@ EXPORTED = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}  # what
 INPUT = "input"
 LOGITS, PRE_LOGITS, FEATURES, CLASS_WEIGHTS = OUTPUTS = ("logits", "pre_logits", "features", "class_weights")
 
+MIN_SIZE_PX = 32  # as the networks of this package have it
 MAX_EXPORTED_BYTES = 1 << 30
 _KEPT_SHAPES = 4  # full batches, the last one, and some to spare
 
@@ -45,7 +46,7 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime
         except ImportError as error:
-            raise _missing("onnxruntime", "onnx", error) from error
+            raise _missing("onnxruntime", "onnxruntime", error) from error
         self.card, self._path = _card_beside(path), path
         read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
         options = onnxruntime.SessionOptions()
@@ -65,6 +66,7 @@ class OnnxRuntimeEngine:
     def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
+        check_batch(x_BCHW, self.card)
         try:
             return dict(zip(names, self._session.run(list(names), {INPUT: x_BCHW}), strict=True))
         except Exception as error:  # a file that was read may still not fit together
@@ -84,7 +86,7 @@ class OpenVinoEngine:
         try:
             import openvino
         except ImportError as error:
-            raise _missing("openvino", "openvino", error) from error
+            raise _missing("openvino", "'weightnet[openvino]'", error) from error
         self.card, self._path = _card_beside(path), path
         self._core, self._model = openvino.Core(), read_openvino(path)
         inputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.inputs}
@@ -99,6 +101,7 @@ class OpenVinoEngine:
     def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
+        check_batch(x_BCHW, self.card)
         if not len(x_BCHW):  # which it does not take
             one = self.run_outputs(np.zeros((1, *x_BCHW.shape[1:]), np.float32), names)
             return {name: array if name == CLASS_WEIGHTS else array[:0] for name, array in one.items()}
@@ -128,7 +131,7 @@ def read_openvino(path: str | os.PathLike[str]) -> "openvino.Model":
     try:
         from openvino.frontend import FrontEndManager
     except ImportError as error:
-        raise _missing("openvino", "openvino", error) from error
+        raise _missing("openvino", "'weightnet[openvino]'", error) from error
     read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
     try:
         # Unlike Core.read_model, this does not try the readers of all other formats on what it cannot read.
@@ -148,9 +151,9 @@ def _card_beside(path: str | os.PathLike[str]) -> Card:
     return read_card(beside)
 
 
-def _missing(package: str, extra: str, error: ImportError) -> MissingDependencyError:
+def _missing(package: str, requirement: str, error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
-        f"Running this file needs {package}. Got: {error}. Install it by: pip install 'weightnet[{extra}]'"
+        f"Running this file needs {package}. Got: {error}. Install it by: pip install {requirement}"
     )
 
 
@@ -204,6 +207,19 @@ def _check_signature(
             f"card says. Got {path}, which gives ({_listed(wrong)}). Export the model again by `weightnet export`."
         )
     return tuple(name for name in OUTPUTS if name in outputs)
+
+
+def check_batch(x_BCHW: "Batch", card: Card) -> None:
+    """Check that a batch is one that the networks take: whatever runs them would take more, and answer nonsense.
+
+    Raises: UsageError where it has other channels or is too small.
+    """
+    channels = card.network.in_channels
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels or min(x_BCHW.shape[2:]) < MIN_SIZE_PX:
+        raise UsageError(
+            f"The input must be a batch of shape (B, {channels}, H, W) with H and W of at least {MIN_SIZE_PX} px. "
+            f"Got shape={x_BCHW.shape}. Resize or reshape it."
+        )
 
 
 def check_outputs(names: Sequence[str], given: Sequence[str]) -> None:

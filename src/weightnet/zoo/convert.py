@@ -13,10 +13,10 @@ from weightnet.errors import UsageError, WeightsError
 from weightnet.nn.shufflenet import outline
 from weightnet.nn.variants import NetworkSpec
 from weightnet.zoo.cards import Card, card_path, read_card, read_file, write_atomically, write_card
+from weightnet.zoo.describe import Pixels, choose_pixels, infer_card
 from weightnet.zoo.hub import find_weights
 from weightnet.zoo.megengine import has_old_statistics, read_megengine, to_megengine_layout, write_megengine
 from weightnet.zoo.state import MAX_WEIGHTS_BYTES, State, check_state, is_pickle, read_state, spec_from_state
-from weightnet.zoo.weights import Pixels, choose_pixels, infer_card
 
 MEGENGINE_SUFFIXES = (".pkl", ".model")
 OLD_STATISTICS = "old_statistics"  # a card's note: the file that it came from had running statistics of (1, C, 1, 1)

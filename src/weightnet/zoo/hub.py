@@ -101,6 +101,16 @@ def find_weights(model: str | os.PathLike[str], *, progress: bool = True) -> Pat
     return path
 
 
+def embedded_export(name: str) -> Path | None:
+    """Return the exported file of a model inside the package, None where the name is not of one that has any.
+
+    The models inside the package are there twice: exported, and as weights to train on.
+    """
+    weights = embedded_models().get(name)
+    exported = weights.with_suffix(".onnx") if weights else None
+    return exported if exported and exported.is_file() else None
+
+
 def cache_folder() -> Path:
     """Return the platform's own folder for this package's downloads (on Linux `~/.cache/weightnet`)."""
     import platformdirs

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from weightnet.errors import UsageError, WeightsError
+from weightnet.errors import UsageError, WeightsError, needs_torch
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 from weightnet.zoo.cards import read_file
 from weightnet.zoo.megengine import SIGNATURES, read_megengine, to_torch_layout
@@ -78,7 +78,8 @@ def check_state(state: Mapping[str, npt.NDArray[Any]], spec: NetworkSpec) -> Non
 
     Raises: WeightsError that lists missing, unexpected and ill-shaped entries, with their shapes.
     """
-    from weightnet.nn.shufflenet import outline
+    with needs_torch("Comparing weights with a network"):
+        from weightnet.nn.shufflenet import outline
 
     if sum(spec.stage_repeats) > len(state):
         raise WeightsError(
@@ -244,7 +245,8 @@ def _read_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
 
 
 def _read_torch(data: bytes) -> dict[str, npt.NDArray[Any]]:
-    import torch
+    with needs_torch("Reading a file of PyTorch"):
+        import torch
 
     try:
         _check_torch_archive(data)

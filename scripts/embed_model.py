@@ -1,16 +1,22 @@
-"""Put a finished run on Everyday-112 into the package: half-precision weights, and a card of what they can.
+"""Put a finished run into the package: half-precision weights to train on, the exported model, and a card for both.
 
-    python scripts/embed_default.py runs/everyday112 data/everyday112 \\
+    python scripts/embed_model.py default runs/everyday112 data/everyday112 \\
         --command "python scripts/build_everyday112.py --pets PetImages ... --out data/everyday112" \\
         --command "weightnet train --config configs/everyday112.yaml --data data/everyday112 --out runs/everyday112"
+    python scripts/embed_model.py imagenette runs/imagenette data/imagenette --photos Imagenette \\
+        --knows "10 of ImageNet's classes: tench, English springer, cassette player, ..." \\
+        --command "weightnet train --config configs/imagenette.yaml --data data/imagenette --out runs/imagenette"
 
-The figures are those of the file as it ships, measured by `weightnet.Classifier` on the original validation photos
-(`scripts/build_everyday112.py` makes the folder). `top1` and its like are strict: one class is right for each photo.
-A photo of Imagenette's English springer or Caltech-101's dalmatian shows what the class dog shows too, and one of
-Caltech-101's wild cat may show a house cat: the figures called lenient take either name of such a pair for the other.
+The figures are those of the weights as they ship, measured by `weightnet.Classifier` on the validation photos. DATA is
+a folder of photos by class, or Everyday-112 as `scripts/build_everyday112.py` makes it, whose tables say more.
+
+Of Everyday-112, `top1` and its like are strict: one class is right for each photo. A photo of Imagenette's English
+springer or Caltech-101's dalmatian shows what the class dog shows too, and one of Caltech-101's wild cat may show a
+house cat: the figures called lenient take either name of such a pair for the other.
 
 Kernels and matrices become float16; arrays of one axis (biases, batch norms) stay float32, since batch variances span
-more powers of ten than float16 has.
+more powers of ten than float16 has. The exported model has these weights, folded, in float32, or in float16 where its
+file would be too large.
 """
 
 import argparse
@@ -30,15 +36,20 @@ from safetensors.numpy import save
 
 from weightnet import Classifier
 from weightnet.errors import DataError, UsageError, WeightNetError
+from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.predict import metrics
+from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.labelled import read_labelled_photos
 from weightnet.zoo.cards import EMBEDDED, Card, read_card, write_atomically, write_card
 from weightnet.zoo.state import read_state
 
+PHOTO_TABLE = "photos.csv"  # which Everyday-112 alone has
 CLASS_TABLE = Path(__file__).with_name("everyday112_classes.csv")
+EVERYDAY_112 = "112 everyday things: cat, dog, 100 categories of Caltech-101 and the 10 of Imagenette"
 SOURCES = {"pets": "cats and dogs", "caltech": "Caltech-101", "imagenette": "Imagenette"}
 LENIENT_PAIRS = (("dog", "English springer"), ("dog", "dalmatian"), ("cat", "wild cat"))
-MAX_WEIGHTS_BYTES = 4_000_000
+MAX_FILE_BYTES = 4_000_000  # of the weights, and of the exported model
 
 Probabilities = npt.NDArray[np.float64]
 Classes = npt.NDArray[np.int64]
@@ -46,21 +57,25 @@ Classes = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """The validation photos: where they are, their class and the collection they come from."""
+    """The validation photos: what they are called, where they are, their class, and the collection they come from.
 
+    Without collections, `sources` is None.
+    """
+
+    name: str
     paths: list[Path]
     labels: Classes
-    sources: npt.NDArray[np.str_]
+    sources: npt.NDArray[np.str_] | None = None
 
 
-def read_photos(data: Path) -> tuple[Photos, list[ClassLabel]]:
+def read_everyday112(data: Path) -> tuple[Photos, list[ClassLabel]]:
     """Return the validation photos and the classes of a folder that `build_everyday112.py` made.
 
     Raises:
         DataError: a table is missing or its classes are not those of the table beside this script.
     """
     try:
-        rows = [row for row in _rows(data / "photos.csv") if row["split"] == "val"]
+        rows = [row for row in _rows(data / PHOTO_TABLE) if row["split"] == "val"]
         table = _rows(data / "classes.csv")
     except (OSError, KeyError) as error:
         raise DataError(f"DATA must be a folder made by build_everyday112.py. Got {data}: {error}. Make it.") from error
@@ -68,6 +83,7 @@ def read_photos(data: Path) -> tuple[Photos, list[ClassLabel]]:
         raise DataError(f"DATA must have the classes of {CLASS_TABLE.name}. Got others in {data}. Make it again.")
     index_of = {row["folder"]: index for index, row in enumerate(table)}
     photos = Photos(
+        "Everyday-112",
         [data / "val" / row["folder"] / row["file"] for row in rows],
         np.array([index_of[row["folder"]] for row in rows]),
         np.array([row["source"] for row in rows]),
@@ -86,8 +102,8 @@ def half_precision(state: dict[str, npt.NDArray[np.float32]]) -> bytes:
         raise UsageError(f"Weights must fit into float16. Got one of {largest}. Train with a lower learning rate.")
     arrays: dict[str, npt.NDArray[Any]] = {n: a.astype(np.float16) if a.ndim > 1 else a for n, a in state.items()}
     weights = save(arrays)
-    if len(weights) > MAX_WEIGHTS_BYTES:
-        raise UsageError(f"Weights in the package must be under {MAX_WEIGHTS_BYTES} bytes. Got {len(weights)}.")
+    if len(weights) > MAX_FILE_BYTES:
+        raise UsageError(f"Weights in the package must be under {MAX_FILE_BYTES} bytes. Got {len(weights)}.")
     return weights
 
 
@@ -114,43 +130,48 @@ def classify(weights: bytes, card: Card, photos: Photos) -> Probabilities:
 def measure(probabilities_NC: Probabilities, photos: Photos, classes: list[ClassLabel]) -> dict[str, Any]:
     """Return the figures of the card: fractions of 1, the loss in nats."""
     labels_N, best_N = photos.labels, probabilities_NC.argmax(axis=1)
-    friends_CC = _lenient(classes)
-    lenient_N = np.where(friends_CC[best_N, labels_N], labels_N, best_N)
-    sources = {}
-    for source, title in SOURCES.items():
-        of_N = photos.sources == source
-        sources[title] = {
-            "photos": int(of_N.sum()),
-            "top1": float(np.mean(best_N[of_N] == labels_N[of_N])),
-            "top5": metrics.topk_accuracy(probabilities_NC[of_N], labels_N[of_N], 5),
-            "lenient_top1": float(np.mean(lenient_N[of_N] == labels_N[of_N])),
-        }
     logits_NC = np.log(np.maximum(probabilities_NC, np.finfo(np.float64).tiny))
-    return {
+    figures: dict[str, Any] = {
         "photos": len(labels_N),
         "top1": metrics.topk_accuracy(probabilities_NC, labels_N),
         "top5": metrics.topk_accuracy(probabilities_NC, labels_N, 5),
         "class_averaged_top1": metrics.class_averaged_accuracy(best_N, labels_N, len(classes)),
         "loss": metrics.cross_entropy(logits_NC, labels_N),
         "ece": metrics.expected_calibration_error(probabilities_NC, labels_N),
+    }
+    if photos.sources is not None:
+        figures |= _figures_by_source(probabilities_NC, labels_N, photos.sources, classes)
+    return {**figures, "on": f"the validation photos of {photos.name}, none of which was trained on"}
+
+
+def _figures_by_source(
+    probabilities_NC: Probabilities, labels_N: Classes, sources_N: npt.NDArray[np.str_], classes: list[ClassLabel]
+) -> dict[str, Any]:
+    best_N, friends_CC = probabilities_NC.argmax(axis=1), _lenient(classes)
+    lenient_N = np.where(friends_CC[best_N, labels_N], labels_N, best_N)
+    sources = {}
+    for source, title in SOURCES.items():
+        of_N = sources_N == source
+        sources[title] = {
+            "photos": int(of_N.sum()),
+            "top1": float(np.mean(best_N[of_N] == labels_N[of_N])),
+            "top5": metrics.topk_accuracy(probabilities_NC[of_N], labels_N[of_N], 5),
+            "lenient_top1": float(np.mean(lenient_N[of_N] == labels_N[of_N])),
+        }
+    return {
         "lenient_top1": float(np.mean(lenient_N == labels_N)),
         "lenient_class_averaged_top1": metrics.class_averaged_accuracy(lenient_N, labels_N, len(classes)),
         "sources": sources,
-        "on": "the validation photos of Everyday-112, none of which was trained on",
     }
 
 
-def described(run: Card, name: str, classes: list[ClassLabel], commands: list[str]) -> Card:
+def described(run: Card, name: str, knows: str, commands: list[str]) -> Card:
     """Return the card of the embedded model, as yet without figures.
 
-    Raises:
-        UsageError: the run is not finished, not on these classes, without terms, or a text names a folder of this
-            machine.
+    Raises: UsageError where the run is not finished, is without terms, or a text names a folder of this machine.
     """
     if not run.measured or run.made_by.get("steps") != run.measured.get("step"):
         raise UsageError(f"RUN must be finished. Got the run {run.name} without figures of its weights. Resume it.")
-    if list(run.classes) != classes:
-        raise UsageError(f"RUN must know the classes of DATA. Got the run {run.name} with others. Train it on DATA.")
     if not run.terms:
         raise UsageError(f"RUN must state the terms of its data. Got the run {run.name} without terms. Set `terms`.")
     config = {option: value for option, value in run.made_by["config"].items() if option not in ("data", "out")}
@@ -159,33 +180,52 @@ def described(run: Card, name: str, classes: list[ClassLabel], commands: list[st
             raise UsageError(f"A card must name no folder of one machine. Got {text!r}. Give paths in the repository.")
     made_by = {**run.made_by, "commands": commands, "config": config}
     del made_by["command"]
-    pairs = ", ".join(f"{one} and {other}" for one, other in LENIENT_PAIRS)
-    notes = {
-        "knows": "112 everyday things: cat, dog, 100 categories of Caltech-101 and the 10 of Imagenette",
-        "lenient": f"figures called lenient take either name of these pairs for the other: {pairs}",
-        "precision": "float16; arrays of one axis in float32",
-    }
-    return dataclasses.replace(run, name=name, classes=tuple(classes), measured={}, made_by=made_by, notes=notes)
+    notes = {"knows": knows, "precision": "float16; arrays of one axis in float32"}
+    return dataclasses.replace(run, name=name, measured={}, made_by=made_by, notes=notes)
 
 
-def embed(run: Path, data: Path, *, name: str, commands: list[str], out: Path) -> Card:
-    """Write the weights and the card of the embedded model and return the card.
+def embed(run: Path, data: Path, *, name: str, photos_name: str, knows: str, commands: list[str], out: Path) -> Card:
+    """Write the weights, the exported model and the card of the embedded model and return the card.
 
     Raises:
         DataError: the validation photos are not all there.
         UsageError: the run cannot be embedded.
         WeightsError: the run cannot be read.
     """
-    photos, classes = read_photos(data)
-    card = described(read_card(run / "weights.json"), name, classes, commands)
+    card = described(read_card(run / "weights.json"), name, knows, commands)
+    notes = dict(card.notes)
+    if (data / PHOTO_TABLE).exists():
+        photos, classes = read_everyday112(data)
+        if list(card.classes) != classes:
+            raise UsageError(f"RUN must know the classes of DATA. Got the run {run} with others. Train it on DATA.")
+        pairs = ", ".join(f"{one} and {other}" for one, other in LENIENT_PAIRS)
+        notes["lenient"] = f"figures called lenient take either name of these pairs for the other: {pairs}"
+    else:
+        found = read_labelled_photos(data, card.classes)
+        photos = Photos(photos_name, [Path(path) for path in found.paths], found.labels)
     weights = half_precision(read_state(run / "weights.safetensors"))
-    figures = measure(classify(weights, card, photos), photos, classes)
-    notes = {**card.notes, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    figures = measure(classify(weights, card, photos), photos, list(card.classes))
+    notes["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     card = dataclasses.replace(card, measured=_rounded(figures), notes=notes)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"{name}.safetensors", weights)
     write_card(card, out / f"{name}.json")
-    return card
+    return export(out / f"{name}.safetensors")
+
+
+def export(weights: Path) -> Card:
+    """Write the exported model beside its weights and return the card of both.
+
+    Raises: UsageError where the file is too large for the package.
+    """
+    exported = weights.with_suffix(".onnx")
+    for precision in ("fp32", "fp16"):
+        card = export_model(weights, exported, precision=precision, outputs=OUTPUTS)
+        if exported.stat().st_size <= MAX_FILE_BYTES:
+            return card
+    size = exported.stat().st_size
+    exported.unlink()
+    raise UsageError(f"An exported model in the package must be under {MAX_FILE_BYTES} bytes. Got {size}.")
 
 
 def _lenient(classes: list[ClassLabel]) -> npt.NDArray[np.bool_]:
@@ -215,24 +255,37 @@ def _class_label(row: dict[str, str]) -> ClassLabel:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description="Put a finished run on Everyday-112 into the package.")
+    parser = argparse.ArgumentParser(description="Put a finished run into the package.")
+    parser.add_argument("name", metavar="NAME", help="what the embedded model is called")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the finished run")
-    parser.add_argument("data", type=Path, metavar="DATA", help="Everyday-112, as build_everyday112.py makes it")
-    parser.add_argument("--name", default="default", help="name of the embedded model (default: %(default)s)")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder with a folder of photos per class")
+    parser.add_argument("--photos", default="Everyday-112", help="what the photos are called (default: %(default)s)")
+    parser.add_argument("--knows", default=EVERYDAY_112, help="what the model knows (default: %(default)s)")
     parser.add_argument(
         "--command", action="append", required=True, help="a command that made DATA or RUN, for the card; repeat it"
     )
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of the result (default: in the package)")
     arguments = parser.parse_args(argv)
-    own = shlex.join(["python", "scripts/embed_default.py", str(arguments.run), str(arguments.data)])
-    commands = [*arguments.command, own if arguments.name == "default" else f"{own} --name {arguments.name}"]
+    own = ["python", "scripts/embed_model.py", arguments.name, str(arguments.run), str(arguments.data)]
+    for option in ("photos", "knows"):
+        if getattr(arguments, option) != parser.get_default(option):
+            own += [f"--{option}", getattr(arguments, option)]
     try:
-        card = embed(arguments.run, arguments.data, name=arguments.name, commands=commands, out=arguments.out)
+        card = embed(
+            arguments.run,
+            arguments.data,
+            name=arguments.name,
+            photos_name=arguments.photos,
+            knows=arguments.knows,
+            commands=[*arguments.command, shlex.join(own)],
+            out=arguments.out,
+        )
     except (WeightNetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    size = (arguments.out / f"{arguments.name}.safetensors").stat().st_size
-    print(f"{arguments.name}: {size / 1e6:.2f} MB")
+    for suffix in (".safetensors", ".onnx"):
+        path = arguments.out / f"{arguments.name}{suffix}"
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
     for name, value in card.measured.items():
         print(f"{name}: {value}")
     return 0

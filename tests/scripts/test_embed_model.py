@@ -19,14 +19,17 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 import weightnet
+from weightnet.errors import UsageError
 from weightnet.images.decode import read_image
 from weightnet.images.labels import ClassLabel
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import NetworkSpec
+from weightnet.predict.engines import open_engine
+from weightnet.predict.exported import OUTPUTS
 from weightnet.zoo.cards import Card, read_card, write_card
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "embed_default.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "embed_model.py"
 CLASSES = [  # folder, label, wnid, imagenet_index, source
     ("cat", "cat", "n02121620", "", "pets"),
     ("dog", "dog", "n02084071", "", "pets"),
@@ -41,15 +44,15 @@ COMMANDS = ["--command", "python scripts/build_everyday112.py --out data", "--co
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("embed_default", SCRIPT)
+    spec = importlib.util.spec_from_file_location("embed_model", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["embed_default"] = module  # dataclasses look their module up there
+    sys.modules["embed_model"] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "CLASS_TABLE", tmp_path / "data" / "classes.csv")
     yield module
-    del sys.modules["embed_default"]
+    del sys.modules["embed_model"]
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def run(tmp_path: Path) -> Path:
 def embedded(script: ModuleType, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an embedded model `default`, made by the command line."""
     monkeypatch.chdir(tmp_path)
-    assert script.main(["run", "data", *COMMANDS, "--out", "embedded"]) == 0
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "embedded"]) == 0
     return tmp_path / "embedded"
 
 
@@ -150,6 +153,48 @@ def test_embed_measures_the_file_as_it_ships(embedded: Path, data: Path) -> None
         assert measured["sources"][title]["top1"] == round(right[sources == source].mean(), 4)
 
 
+def test_embed_exports_the_model_beside_its_weights(embedded: Path, data: Path) -> None:
+    assert sorted(path.name for path in embedded.iterdir()) == ["default.json", "default.onnx", "default.safetensors"]
+    engine = open_engine(embedded / "default.onnx")
+    assert engine.outputs == OUTPUTS
+    logits, _, _ = recount(embedded / "default.safetensors", data)
+    photos = [data / "val" / folder / "0.png" for folder, *_ in CLASSES]
+    batch = np.stack([engine.card.preprocess(read_image(photo)) for photo in photos])
+    np.testing.assert_allclose(engine.run(batch), logits[::PHOTOS], rtol=1e-4, atol=1e-4 * np.abs(logits).max())
+
+
+def test_embed_exports_in_half_precision_what_is_too_large(
+    embedded: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = embedded / "default.onnx"
+    monkeypatch.setattr(script, "MAX_FILE_BYTES", exported.stat().st_size - 1)
+    card = script.export(embedded / "default.safetensors")
+    assert card == read_card(embedded / "default.json")
+    assert card.notes["exports"][".onnx"]["precision"] == "fp16"
+    monkeypatch.setattr(script, "MAX_FILE_BYTES", 10)
+    with pytest.raises(UsageError, match="must be under 10 bytes"):
+        script.export(embedded / "default.safetensors")
+    assert not exported.exists()
+
+
+def test_embed_takes_a_folder_of_photos_by_class(
+    script: ModuleType, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "of_tables"]) == 0
+    (data / "photos.csv").unlink()
+    options = ["--photos", "Six", "--knows", "six kinds of noise"]
+    assert script.main(["six", "run", "data", *COMMANDS, *options, "--out", "of_folders"]) == 0
+    one, two = read_card("of_tables/default.json"), read_card("of_folders/six.json")
+    common = ("photos", "top1", "top5", "class_averaged_top1", "loss", "ece")
+    assert two.measured == {name: one.measured[name] for name in common} | {
+        "on": "the validation photos of Six, none of which was trained on"
+    }
+    assert (two.name, two.notes["knows"], "lenient" in two.notes) == ("six", "six kinds of noise", False)
+    own = "python scripts/embed_model.py six run data --photos Six --knows 'six kinds of noise'"
+    assert two.made_by["commands"][-1] == own
+
+
 def test_embed_counts_overlaps_leniently_beside(embedded: Path, data: Path) -> None:
     measured = read_card(embedded / "default.json").measured
     logits, labels, _ = recount(embedded / "default.safetensors", data)
@@ -175,7 +220,7 @@ def test_embed_card_says_how_it_was_made_and_nothing_of_this_machine(embedded: P
     assert "/home/" not in text
     card = json.loads(text)
     assert card["name"] == "default"
-    own = "python scripts/embed_default.py run data"
+    own = "python scripts/embed_model.py default run data"
     assert card["made_by"]["commands"] == [COMMANDS[1], COMMANDS[3], own]
     assert card["made_by"]["config"] == {"epochs": 40}
     assert card["classes"][2] == {"label": "dalmatian", "wnid": "n02110341", "imagenet_index": 251}
@@ -194,19 +239,34 @@ def test_embed_card_says_how_it_was_made_and_nothing_of_this_machine(embedded: P
     ],
 )
 def test_embed_refuses_a_run(
-    script: ModuleType, run: Path, data: Path, tmp_path: Path, capsys: Any, changes: dict[str, Any], message: str
+    script: ModuleType,
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     change_card(run, **changes)
-    assert script.main([str(run), str(data), "--command", "weightnet train", "--out", str(tmp_path / "out")]) == 2
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["train --data /home/me", "train --data=/home/me", "train --data '~/photos'"])
 def test_embed_refuses_folders_of_this_machine(
-    script: ModuleType, run: Path, data: Path, tmp_path: Path, capsys: Any, command: str
+    script: ModuleType,
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    command: str,
 ) -> None:
-    assert script.main([str(run), str(data), "--command", command, "--out", str(tmp_path / "out")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["default", "run", "data", "--command", command, "--out", "out"]) == 2
     assert "no folder of one machine" in capsys.readouterr().err
 
 
@@ -217,7 +277,7 @@ def test_embed_refuses_weights_beyond_float16(
     arrays["classifier.0.weight"][0, 0] = 1e5
     save_file(arrays, run / "weights.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 2
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "out"]) == 2
     assert "must fit into float16" in capsys.readouterr().err
 
 
@@ -226,10 +286,10 @@ def test_embed_wants_every_photo(
 ) -> None:
     (data / "val" / "chair" / "3.png").unlink()
     monkeypatch.chdir(tmp_path)
-    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 1
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "out"]) == 1
     assert "3.png" in capsys.readouterr().err
-    (data / "photos.csv").unlink()
-    assert script.main(["run", "data", *COMMANDS, "--out", "out"]) == 1
+    (data / "classes.csv").unlink()
+    assert script.main(["default", "run", "data", *COMMANDS, "--out", "out"]) == 1
     assert "made by build_everyday112.py" in capsys.readouterr().err
     assert not Path("out").exists()
 
