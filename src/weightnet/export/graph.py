@@ -249,31 +249,23 @@ def _conv(writer: _Writer, name: str, layer: FoldedConv, x: str) -> str:
 def _gain_pointwise(
     writer: _Writer, name: str, layer: GainPointwise, xs: list[str], gains: list[str], bias: str
 ) -> str:
+    inputs = [x for x in xs for _ in range(layer.mixed)]
+    return _scaled_sum(writer, name, layer.convs, inputs, gains, bias)
+
+
+def _gain_depthwise(writer: _Writer, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:
+    bias = writer.bias(f"{name}.bias", layer.bias, shape=(1, -1, 1, 1))
+    return _scaled_sum(writer, name, layer.convs, [x] * len(gains), gains, bias)
+
+
+def _scaled_sum(writer: _Writer, name: str, convs: nn.ModuleList, xs: list[str], gains: list[str], bias: str) -> str:
+    """Convolve, scale and sum, from the bias on."""
     y = bias
-    for group, (x, gain) in enumerate(zip(xs, gains, strict=True)):
-        conv = layer.convs[group]
+    for number, (conv, x, gain) in enumerate(zip(convs, xs, gains, strict=True)):
         assert isinstance(conv, FoldedConv)
-        scaled = writer.op("Mul", [_conv(writer, f"{name}.convs.{group}", conv, x), gain], f"{name}.scaled.{group}")
-        mixed = _mix(writer, f"{name}.mixed.{group}", scaled, len(conv.weight), layer.mixed)
-        y = writer.op("Add", [mixed, y], f"{name}.sum.{group}")
+        scaled = writer.op("Mul", [_conv(writer, f"{name}.convs.{number}", conv, x), gain], f"{name}.scaled.{number}")
+        y = writer.op("Add", [scaled, y], f"{name}.sum.{number}")
     return y
-
-
-def _gain_depthwise(writer: _Writer, name: str, layer: GainDepthwise, x: str, gain: str) -> str:
-    scaled = writer.op("Mul", [_conv(writer, f"{name}.conv", layer.conv, x), gain], f"{name}.scaled")
-    mixed = _mix(writer, f"{name}.mixed", scaled, len(layer.conv.weight), layer.mixed)
-    return writer.op("Add", [mixed, writer.bias(f"{name}.bias", layer.bias, shape=(1, -1, 1, 1))], name)
-
-
-def _mix(writer: _Writer, name: str, x: str, channels: int, mixed: int) -> str:
-    """Sum each `mixed` neighbouring channels."""
-    if mixed == 1:
-        return x
-    outputs = channels // mixed
-    apart = writer.integers(f"shape_{outputs}_{mixed}_pixels", (0, outputs, mixed, -1))
-    parts = writer.op("Reshape", [x, apart], f"{name}.parts")
-    total = writer.op("ReduceSum", [parts, writer.integers("mixed_axis", (2,))], f"{name}.total", {"keepdims": 0})
-    return _as_map(writer, name, total, outputs, x)
 
 
 def _as_map(writer: _Writer, name: str, y: str, channels: int, like: str) -> str:

@@ -71,7 +71,9 @@ class FoldedWeightNetBlock(nn.Module):
         self.conv1, self.bias1 = fold_pointwise(block.wnet1, block.bn1, channels, matmul=matmul)
         self.conv2 = fold_depthwise(block.wnet2, block.bn2, static=self.early_gain)
         self.conv3, self.bias3 = fold_pointwise(block.wnet3, block.bn3, middle, outputs=branch, matmul=matmul)
-        rows = [*gate_rows(block.wnet1), *gate_rows(block.wnet2), *gate_rows(block.wnet3, branch)]
+        first, third = gate_rows(block.wnet1, apart=not matmul), gate_rows(block.wnet3, branch, apart=not matmul)
+        rows = [*first, *gate_rows(block.wnet2), *third]
+        self.mixed, self.gains = block.wnet2.kernels_per_block, len(first)
         self.depthwise = nn.ModuleList()
         for order in projected:
             for tensor in [inputs] if matmul else channels:
@@ -80,23 +82,23 @@ class FoldedWeightNetBlock(nn.Module):
             self.pointwise, self.bias_proj = fold_pointwise(
                 block.wnet_proj_2, block.bn_proj_2, channels, outputs=order, matmul=matmul
             )
-            rows += gate_rows(block.wnet_proj_2, order)
+            rows += gate_rows(block.wnet_proj_2, order, apart=not matmul)
         self.gates = linear(torch.cat([weight for weight, _ in rows]), torch.cat([bias for _, bias in rows]))
         self.sizes = [len(bias) for _, bias in rows]
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         pooled = torch.cat([x.mean((2, 3)) for x in xs], 1)
         gates = iter(self.gates(self.reduce(pooled)).sigmoid().split(self.sizes, 1))
-        first, depthwise, third = _take(gates, self.groups), next(gates), _take(gates, self.groups)
-        bias = self.bias1
+        first, depthwise, third = (_take(gates, count) for count in (self.gains, self.mixed, self.gains))
+        bias: Tensor = self.bias1
         if self.early_gain:
-            first, bias = [gate * depthwise for gate in first], bias * depthwise
+            first, bias = [gate * depthwise[0] for gate in first], bias * depthwise[0]
         y = F.relu(self.conv1(xs, first, bias))
         y = self.conv2(y) if self.early_gain else self.conv2(y, depthwise)
         y = F.relu(self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3))
         if not self.depthwise:
             return [y]
-        xs = [conv(x, next(gates)) for conv, x in zip(self.depthwise, xs, strict=True)]
+        xs = [conv(x, _take(gates, self.mixed)) for conv, x in zip(self.depthwise, xs, strict=True)]
         return [F.relu(self.pointwise(xs, list(gates), self.bias_proj)), y]
 
 

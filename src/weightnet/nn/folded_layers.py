@@ -34,20 +34,22 @@ class FoldedConv(nn.Module):
 
 
 class GainPointwise(nn.Module):
-    """A generated 1x1 layer as static convolutions, one for each block of inputs, scaled by gains and summed.
+    """A generated 1x1 layer as static convolutions, P for each block of inputs, scaled by gains and summed.
 
-    Shape: G inputs (B, I, H, W), G gains (B, O * P) and a bias (1, O) or (B, O) give (B, O, H, W).
+    Shape: G inputs (B, I, H, W), G * P gains (B, O) and a bias (1, O) or (B, O) give (B, O, H, W).
     """
 
     def __init__(self, banks: list[Tensor]) -> None:
         super().__init__()
         self.mixed = banks[0].shape[1]
-        self.convs = nn.ModuleList(FoldedConv(bank_OPI.flatten(0, 1)[..., None, None], None) for bank_OPI in banks)
+        self.convs = nn.ModuleList(
+            FoldedConv(bank_OI[..., None, None], None) for bank_OPI in banks for bank_OI in bank_OPI.unbind(1)
+        )
 
     def forward(self, xs: list[Tensor], gains: Sequence[Tensor], bias: Tensor) -> Tensor:
         y = _per_channel(bias)
-        for x, conv, gain in zip(xs, self.convs, gains, strict=True):
-            y = y + _mix(conv(x) * _per_channel(gain), self.mixed)
+        for number, (conv, gain) in enumerate(zip(self.convs, gains, strict=True)):
+            y = y + conv(xs[number // self.mixed]) * _per_channel(gain)
         return y
 
 
@@ -75,19 +77,23 @@ class MatmulPointwise(nn.Module):
 
 
 class GainDepthwise(nn.Module):
-    """A generated depthwise layer as a static one of r outputs per channel, scaled by gains and summed.
+    """A generated depthwise layer as P static ones, scaled by gains and summed.
 
-    Shape: (B, C, H, W) and gains (B, C * P) give (B, C, H / stride, W / stride).
+    Shape: (B, C, H, W) and P gains (B, C) give (B, C, H / stride, W / stride).
     """
 
     def __init__(self, bank_CPkk: Tensor, bias: Tensor, *, stride: int) -> None:
         super().__init__()
-        self.mixed = bank_CPkk.shape[1]
-        self.conv = FoldedConv(bank_CPkk.flatten(0, 1)[:, None], None, stride=stride, groups=len(bank_CPkk))
+        self.convs = nn.ModuleList(
+            FoldedConv(bank_Ckk[:, None], None, stride=stride, groups=len(bank_Ckk)) for bank_Ckk in bank_CPkk.unbind(1)
+        )
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: Tensor, gains: Tensor) -> Tensor:
-        return _mix(self.conv(x) * _per_channel(gains), self.mixed) + _per_channel(self.bias[None])
+    def forward(self, x: Tensor, gains: Sequence[Tensor]) -> Tensor:
+        y = _per_channel(self.bias[None])
+        for conv, gain in zip(self.convs, gains, strict=True):
+            y = y + conv(x) * _per_channel(gain)
+        return y
 
 
 def fold_conv(
@@ -139,14 +145,23 @@ def fold_depthwise(
     return GainDepthwise(bank_CPkk, shift, stride=stride)
 
 
-def gate_rows(layer: WeightNet2d, outputs: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Return the rows of `wn_fc1` that make the gates of each block of inputs, as weight and bias."""
+def gate_rows(
+    layer: WeightNet2d, outputs: list[int] | None = None, *, apart: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of `wn_fc1` that make the gates of each block of inputs, as weight and bias.
+
+    With `apart`, those of each of a block's P gates come by themselves, (O, S); else together, (O * P, S).
+    """
     shape = (layer.out_channels, layer.blocks, layer.kernels_per_block)
     weight_OGPS = layer.wn_fc1.weight.reshape(*shape, -1)
     bias_OGP = cast(Tensor, layer.wn_fc1.bias).reshape(shape)
     if outputs is not None:
         weight_OGPS, bias_OGP = weight_OGPS[outputs], bias_OGP[outputs]
-    return [(weight_OGPS[:, group].flatten(0, 1), bias_OGP[:, group].flatten()) for group in range(layer.blocks)]
+    blocks = range(layer.blocks)
+    if apart:
+        places = [(group, p) for group in blocks for p in range(layer.kernels_per_block)]
+        return [(weight_OGPS[:, group, p], bias_OGP[:, group, p]) for group, p in places]
+    return [(weight_OGPS[:, group].flatten(0, 1), bias_OGP[:, group].flatten()) for group in blocks]
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -166,11 +181,6 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight, linear.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
     return linear
-
-
-def _mix(y: Tensor, mixed: int) -> Tensor:
-    """Sum each `mixed` neighbouring channels."""
-    return y if mixed == 1 else y.reshape(y.shape[0], y.shape[1] // mixed, mixed, y.shape[2], y.shape[3]).sum(2)
 
 
 def _per_channel(values_BC: Tensor) -> Tensor:
