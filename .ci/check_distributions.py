@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-MAX_WHEEL_BYTES = 5_000_000
+MAX_WHEEL_BYTES = 15_000_000
 
 
 def tracked(*folders: str) -> set[str]:

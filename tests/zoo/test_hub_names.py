@@ -9,7 +9,8 @@ import pytest
 from weightnet.errors import DownloadError
 from weightnet.nn.variants import VARIANTS
 from weightnet.zoo import hub
-from weightnet.zoo.hub import PUBLISHED, cached_path, find_weights, list_models
+from weightnet.zoo.cards import embedded_models
+from weightnet.zoo.hub import PUBLISHED, cached_path, embedded_export, find_weights, list_models
 
 from .conftest import BODY, Server
 
@@ -31,6 +32,21 @@ def test_find_weights_of_a_name_looks_for_its_checkpoint_in_the_cache(cache: Pat
     cache.mkdir()
     (cache / "snetv2_2.0x_wnet1x_M2G2.model").write_bytes(b"\x80weights")
     assert find_weights("shufflenet_v2_x2_0") == cache / "snetv2_2.0x_wnet1x_M2G2.model"
+
+
+def test_embedded_export_lies_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "embedded_models", lambda: {"one": tmp_path / "one.safetensors"})
+    assert embedded_export("one") is None
+    (tmp_path / "one.onnx").touch()
+    assert embedded_export("one") == tmp_path / "one.onnx"
+    assert embedded_export("two") is None
+
+
+def test_every_embedded_model_is_there_exported_and_small() -> None:
+    for name, weights in embedded_models().items():
+        exported = embedded_export(name)
+        assert exported is not None
+        assert max(path.stat().st_size for path in (weights, exported)) < 4_000_000
 
 
 def test_find_weights_of_an_address_downloads_it(server: Server, cache: Path) -> None:
