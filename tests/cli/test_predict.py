@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from weightnet.cli import main, output, predict
 from weightnet.predict import inputs
+from weightnet.predict.classifier import Classifier
 from weightnet.zoo.cards import read_card
 
 ODD_NAMES = [
@@ -288,3 +290,26 @@ def test_predict_needs_no_more_memory_for_many_photos(tmp_path, run_folder, png)
 
     few, many = peak_kib(200), peak_kib(10_000)
     assert many - few < 16 * 1024
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_predict_writes_embeddings(weightnet, run_folder, photos, form):
+    outcome = weightnet("predict", "a.png", "sub/broken.jpg", "--model", run_folder, "--embeddings", f"--{form}")
+    assert outcome.code == 1
+    if form == "csv":
+        good, bad = csv.DictReader(io.StringIO(outcome.out))
+        assert list(good) == ["path", "status", "error", *(f"pre_logits{number}" for number in range(1, 33))]
+        vector, missing = [float(good[f"pre_logits{number}"]) for number in range(1, 33)], bad["pre_logits1"] or None
+    else:
+        good, bad = outcome.rows if form == "json" else map(json.loads, outcome.out.splitlines())
+        assert list(good) == ["path", "status", "error", "pre_logits"]
+        vector, missing = good["pre_logits"], bad["pre_logits"]
+    (expected,) = Classifier(run_folder).embed(["a.png"])
+    np.testing.assert_allclose(vector, expected.pre_logits, atol=1e-5)
+    assert (good["status"], bad["status"], missing) == ("ok", "error", None)
+
+
+def test_predict_refuses_embeddings_as_text(weightnet, run_folder, photos):
+    outcome = weightnet("predict", "a.png", "--model", run_folder, "--embeddings")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Add --json, --jsonl or --csv" in outcome.err

@@ -21,7 +21,7 @@ from weightnet.bulk.tables import import_parquet
 from weightnet.errors import ImageError, UsageError, nearest
 from weightnet.predict.classifier import Classifier, best_classes
 from weightnet.zoo.cards import card_path
-from weightnet.zoo.hub import find_weights
+from weightnet.zoo.hub import embedded_export, find_weights
 
 RUNNERS = ("local", "ray")
 
@@ -241,7 +241,8 @@ def _fingerprint(model: str) -> str:
     """Return a text that changes when a model does: its weights, and the card beside them."""
     weights = find_weights(model)
     digest = hashlib.sha256()
-    for path in (weights, weights.with_suffix(".bin") if weights.suffix == ".xml" else None, card_path(weights)):
+    beside = weights.with_suffix(".bin") if weights.suffix == ".xml" else embedded_export(model)
+    for path in (weights, beside, card_path(weights)):
         if path is not None and path.is_file():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -14,7 +14,7 @@ from weightnet.bulk.manifest import Manifest
 from weightnet.bulk.pipeline import BulkConfig, Worker, write_partitions
 from weightnet.bulk.sinks import Partition
 from weightnet.bulk.sources import Listing
-from weightnet.errors import MissingDependencyError
+from weightnet.errors import DataError, MissingDependencyError, WeightNetError
 
 
 def write_partitions_on_ray(
@@ -25,7 +25,10 @@ def write_partitions_on_ray(
     A Ray that this process has begun, or the cluster of RAY_ADDRESS, is used; else one begins on this machine, and ends
     with the run.
 
-    Raises: MissingDependencyError where Ray is not installed.
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        DataError: Ray gave up; what was written stays, and a repeated run goes on from there.
+        WeightNetError: what a worker raised: it does not find the model, for one.
     """
     try:
         import ray
@@ -38,26 +41,50 @@ def write_partitions_on_ray(
     if begun:
         ray.init(logging_level="warning", log_to_driver=False, include_dashboard=False)
     try:
-        data.DataContext.get_current().enable_progress_bars = False
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        workers = config.workers or sum(cores > 0 for cores in nodes) or 1
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        machines = [cores for node in ray.nodes() if node["Alive"] and (cores := node["Resources"].get("CPU", 0))]
+        workers = config.workers or len(machines)
         numbers = data.from_items([{"partition": number} for number in partitions], override_num_blocks=len(partitions))
         written = numbers.map_batches(
             _Actor,
             fn_constructor_args=(config, ray.put(listing), manifest),
             compute=data.ActorPoolStrategy(size=workers),
             batch_size=1,
-            num_cpus=max(1, int(sum(nodes) // workers) - 1),
-            scheduling_strategy="SPREAD",
+            num_cpus=_cores_each(machines, workers),
         )
         for row in written.iter_rows():
             done = Partition(rows=int(row["rows"]), errors=int(row["errors"]), bytes=int(row["bytes"]))
             for _ in range(done.rows):
                 advance()
             yield int(row["partition"]), done
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
     finally:
         if begun:
             ray.shutdown()
+
+
+def _cores_each(machines: list[float], workers: int) -> float:
+    """Return the cores of each worker, such that all of them find room; also the threads that PyTorch uses there.
+
+    >>> _cores_each([8.0, 8.0], 2), _cores_each([8.0, 8.0], 5), _cores_each([2.0], 4)
+    (8, 2, 0.5)
+    """
+    cores = min(machines) / -(-workers // len(machines))
+    return int(cores) if cores >= 1 else cores
+
+
+def _cause(error: BaseException) -> WeightNetError:
+    """Return the error of this package that a worker raised, or else one that says what Ray says."""
+    chain: BaseException | None = error
+    while chain is not None:
+        for found in (chain, getattr(chain, "cause", None)):
+            if isinstance(found, WeightNetError):
+                return found
+        chain = chain.__cause__
+    what = " ".join(str(error).split())[-300:]
+    return DataError(f"Ray must write all partitions. Got: {what}. Repeat the command to go on from here.")
 
 
 class _Actor:

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TextIO, cast
 
 from cyclopts import Parameter
 
 from weightnet.errors import UsageError
 
 if TYPE_CHECKING:
-    from weightnet.predict.classifier import Prediction
+    from weightnet.predict.classifier import Embedding, Prediction
 
 PROGRESS_AFTER_S = 2.0
 BAR_WIDTH = 20
@@ -114,9 +114,9 @@ def silence_results() -> None:
 
 
 class RowWriter(Protocol):
-    """Writes predictions as they come."""
+    """Writes predictions or embeddings as they come."""
 
-    def write(self, prediction: "Prediction") -> None:
+    def write(self, row: "Prediction | Embedding") -> None:
         """Write one row."""
         ...
 
@@ -125,17 +125,18 @@ class RowWriter(Protocol):
         ...
 
 
-def open_rows(form: Form, *, columns: int) -> RowWriter:
-    """Return a writer of predictions to standard output; each row is there as soon as it is written.
+def open_rows(form: Form, *, columns: int, embeddings: bool = False) -> RowWriter:
+    """Return a writer of rows to standard output; each is there as soon as it is written.
 
     Args:
         form: "text" for people, "json" for one array, "jsonl" for one object per line, "csv" for a table.
-        columns: how many classes a row of the table has room for.
+        columns: how many classes, or numbers of an embedding, a row of the table has room for.
+        embeddings: whether the rows are embeddings; not as text.
 
     Raises: UsageError where standard output is closed.
     """
     if form == "csv":
-        return _CsvRows(open_results(encoding="utf-8", errors="surrogateescape"), columns)
+        return _CsvRows(open_results(encoding="utf-8", errors="surrogateescape"), columns, embeddings=embeddings)
     results = open_results()
     if form == "text":
         return _TerminalRows(results) if results.is_terminal else _TextRows(results)
@@ -150,8 +151,8 @@ class _JsonRows:
         self._array = array
         self._before = "[\n" if array else ""
 
-    def write(self, prediction: "Prediction") -> None:
-        self._results.write(self._before + json.dumps(prediction.to_dict()) + ("" if self._array else "\n"))
+    def write(self, row: "Prediction | Embedding") -> None:
+        self._results.write(self._before + json.dumps(row.to_dict()) + ("" if self._array else "\n"))
         self._before = ",\n" if self._array else ""
 
     def close(self) -> None:
@@ -160,22 +161,28 @@ class _JsonRows:
 
 
 class _CsvRows:
-    """path, status, error, then label1, index1, probability1, label2, ...; in UTF-8, paths byte for byte."""
+    """path, status, error, then label1, index1, probability1, label2, ...; in UTF-8, paths byte for byte.
 
-    def __init__(self, results: Results, columns: int) -> None:
+    Of embeddings pre_logits1, pre_logits2, ...
+    """
+
+    def __init__(self, results: Results, columns: int, *, embeddings: bool) -> None:
         self._results = results
         self._row = io.StringIO()
         self._table = csv.writer(self._row, lineterminator="\r\n")  # both, so that it quotes cells with either
-        self._columns = columns
         self._path = printable_path if results.is_terminal else str
-        names = [f"{name}{rank}" for rank in range(1, columns + 1) for name in ("label", "index", "probability")]
-        self._write(["path", "status", "error", *names])
+        each = ("pre_logits",) if embeddings else ("label", "index", "probability")
+        names = ["path", "status", "error", *(f"{name}{rank}" for rank in range(1, columns + 1) for name in each)]
+        self._columns = len(names)
+        self._write(names)
 
-    def write(self, prediction: "Prediction") -> None:
-        cells: list[Any] = [self._path(prediction.path or ""), prediction.status, prediction.error]
-        for score in prediction.top:
-            cells += [score.label, score.index, score.probability]
-        self._write(cells + [None] * (3 + 3 * self._columns - len(cells)))
+    def write(self, row: "Prediction | Embedding") -> None:
+        fields = row.to_dict()
+        cells: list[Any] = [self._path(row.path or ""), row.status, row.error]
+        for score in fields.get("top", ()):
+            cells += score.values()
+        cells += fields.get("pre_logits") or ()
+        self._write(cells + [None] * (self._columns - len(cells)))
 
     def close(self) -> None:
         """Write nothing: a table has no end."""
@@ -193,7 +200,8 @@ class _TextRows:
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def write(self, prediction: "Prediction") -> None:
+    def write(self, row: "Prediction | Embedding") -> None:
+        prediction = cast("Prediction", row)
         lines = [printable_path(prediction.path or "")]
         if prediction.error is not None:
             lines.append(f"  error: {printable_path(prediction.error)}")
@@ -212,7 +220,8 @@ class _TerminalRows:
 
         self._console = Console(file=results.stream, highlight=False, emoji=False, markup=False)
 
-    def write(self, prediction: "Prediction") -> None:
+    def write(self, row: "Prediction | Embedding") -> None:
+        prediction = cast("Prediction", row)
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text

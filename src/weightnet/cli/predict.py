@@ -25,6 +25,7 @@ def predict(
     engine: str = "auto",
     device: str = "auto",
     batch_size: int = 16,
+    embeddings: Switch = False,
     json: Switch = False,
     jsonl: Switch = False,
     csv: Switch = False,
@@ -47,6 +48,8 @@ def predict(
             `weightnet export`, torch for all but such files; auto takes the first that fits.
         device: cpu; with torch auto, cuda, cuda:N or mps too.
         batch_size: Photos that run at once.
+        embeddings: Write what the network sees in a photo (`pre_logits`: numbers, near for photos that look alike)
+            instead of `top`; with `--json`, `--jsonl` or `--csv`.
         json: Write one JSON array, with an object for each photo:
             `{"path", "status": "ok" | "error", "error", "top": [{"label", "index", "probability"}]}`.
         jsonl: Write the same objects, one a line.
@@ -54,6 +57,8 @@ def predict(
             on.
     """
     form = _form(json=json, jsonl=jsonl, csv=csv)
+    if embeddings and form == "text":
+        raise UsageError("Embeddings must have a form for programs. Got none. Add --json, --jsonl or --csv.")
     reports: list[str] = []
 
     def report(message: str) -> None:
@@ -72,14 +77,16 @@ def predict(
     classifier = Classifier(model, engine=engine, device=device, batch_size=batch_size)
     if model == "default" and form == "text":
         say(_scope(classifier.card))
-    predictions = classifier.stream(itertools.chain([first], photos), k=k)
-    rows = open_rows(form, columns=min(k, len(classifier.card.classes)))
+    every = itertools.chain([first], photos)
+    answers = classifier.embed(every) if embeddings else classifier.stream(every, k=k)
+    width = classifier.card.network.head_channels if embeddings else min(k, len(classifier.card.classes))
+    rows = open_rows(form, columns=width, embeddings=embeddings)
     done = failed = 0
     with progress(None if any(map(stands_for_many, paths)) else len(paths)) as advance:
-        for prediction in predictions:
-            rows.write(prediction if prediction.path is not None else dataclasses.replace(prediction, path="-"))
+        for answer in answers:
+            rows.write(answer if answer.path is not None else dataclasses.replace(answer, path="-"))
             done += 1
-            failed += prediction.status == "error"
+            failed += answer.status == "error"
             advance()
     rows.close()
     if failed:
