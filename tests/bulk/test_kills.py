@@ -52,7 +52,7 @@ def run_through_kills(command: list[str], out: Path, *, kills: int, seed: int) -
         try:
             target = len(parts(out)) + chance.randrange(3)
             given_up_at = time.monotonic() + PATIENCE_S
-            while not ((out / "run.json").exists() and len(parts(out)) >= target) and process.poll() is None:
+            while not ((out / "_run.json").exists() and len(parts(out)) >= target) and process.poll() is None:
                 assert time.monotonic() < given_up_at
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.05))

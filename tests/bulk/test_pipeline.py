@@ -178,8 +178,8 @@ def test_run_refuses_a_folder_with_other_files(bulk, photos, tmp_path):
 )
 def test_run_refuses_a_damaged_record(bulk, photos, tmp_path, content):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/run.json").write_text(content)
-    with pytest.raises(UsageError, match=r"whole run\.json"):
+    (tmp_path / "out/_run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"whole _run\.json"):
         bulk()
 
 

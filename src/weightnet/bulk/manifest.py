@@ -10,7 +10,7 @@ from weightnet.bulk.sinks import Partition
 from weightnet.errors import UsageError
 from weightnet.zoo.cards import write_atomically
 
-FILE = "run.json"
+FILE = "_run.json"  # readers of Parquet folders pass over names that begin so
 
 
 class Manifest:

@@ -1,5 +1,6 @@
 """`weightnet classify-many`: very many photos in, partitions of rows out."""
 
+import contextlib
 import dataclasses
 import functools
 import json as json_format
@@ -44,9 +45,9 @@ def classify_many(
         format: parquet, jsonl or csv.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`.
-        engine: What runs the network: onnxruntime or openvino for a file of `weightnet export`, torch for all else;
-            auto takes what fits.
-        device: auto, cpu, cuda, cuda:N or mps.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
+            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        device: cpu; with torch auto, cuda, cuda:N or mps too.
         k: How many classes a row names, the most probable first.
         embeddings: Write the pooled features (`pre_logits`) instead of classes.
         batch_size: Photos that run at once.
@@ -79,13 +80,14 @@ def classify_many(
         reports.append(message)
         say(f"weightnet: {printable_path(message)}")
 
-    summary = pipeline.classify_many(
-        ["-" if text == STDIN else text for text in inputs],
-        config,
-        report=report,
-        progress=functools.partial(progress, rows=False),
-        stdin=sys.stdin.buffer if STDIN in inputs and sys.stdin is not None else None,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what happens to its workers
+        summary = pipeline.classify_many(
+            ["-" if text == STDIN else text for text in inputs],
+            config,
+            report=report,
+            progress=functools.partial(progress, rows=False),
+            stdin=sys.stdin.buffer if STDIN in inputs and sys.stdin is not None else None,
+        )
     if summary.resumed == summary.partitions:
         say(f"weightnet: nothing is left to do in {printable_path(out)}: the run was finished before.")
     elif summary.resumed:
