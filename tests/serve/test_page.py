@@ -24,6 +24,22 @@ MAKE_FILES = """files => {
     }
     return transfer;
 }"""
+# The middle of a canvas's brightest points, as fractions of its width and height; green grows with the map's values.
+BRIGHTEST = """canvas => {
+    const { width, height } = canvas;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+    let [most, count, across, down] = [-1, 0, 0, 0];
+    for (let i = 0; i < width * height; i++) {
+        const green = data[4 * i + 1];
+        if (green > most) [most, count, across, down] = [green, 0, 0, 0];
+        if (green === most) {
+            count += 1;
+            across += (i % width) + 0.5;
+            down += Math.floor(i / width) + 0.5;
+        }
+    }
+    return [across / count / width, down / count / height];
+}"""
 PASTE = "clipboardData => document.dispatchEvent(new ClipboardEvent('paste', {clipboardData, bubbles: true}))"
 
 
@@ -186,10 +202,28 @@ def test_heat_map_lies_over_what_the_model_sees(visit, tmp_path):
     )
     pixels = made.page.evaluate(line)
     dark = [max(pixels[4 * x : 4 * x + 3]) < 20 and pixels[4 * x + 3] > 180 for x in range(720)]
+    assert pixels[4 * 360 + 3] < 180  # the photo shines through
     begin, end = dark.index(False), len(dark) - dark[::-1].index(False)
     assert (begin, end) == (pytest.approx(720 * 48 / 240, abs=2), pytest.approx(720 * 192 / 240, abs=2))
     made.page.click("text=Show where the model looked")
     assert not made.page.is_visible("#heat")
+
+
+def test_brightest_place_is_the_strongest_cells_centre(visit):
+    made = visit()
+    values = [[0, 0, 0, 0, 0], [0, 0, 0, 9, 0], [0, 0, -5, 0, 0], [0, 0, 0, 0, 0]]
+    box = {"left": 0.15, "top": -0.1, "right": 0.95, "bottom": 0.9}
+    seen = {"left": 0.2, "top": 0.0, "right": 0.9, "bottom": 1.0}
+    row = {"path": None, "status": "ok", "error": None, "top": [{"label": "cat", "index": 0, "probability": 1.0}]}
+    row["heatmap"] = {"index": 0, "rows": 4, "columns": 5, "values": values, "box": box, "seen": seen}
+    made.page.route("**/v1/classify?*", lambda route: route.fulfill(json=row))
+    made.drop(("mine.png", "image/png", CAT.read_bytes()))
+    made.best()
+    made.page.click("text=Show where the model looked")
+    made.page.wait_for_selector("#heat:visible")
+    across, down = made.page.eval_on_selector("#heat", BRIGHTEST)
+    assert across == pytest.approx(0.15 + 3.5 / 5 * 0.8, abs=0.02)
+    assert down == pytest.approx(-0.1 + 1.5 / 4, abs=0.02)
 
 
 def test_other_model_is_asked_about_the_photo_on_show(visit, run_folder):
