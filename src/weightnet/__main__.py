@@ -2,6 +2,6 @@
 
 import sys
 
-from weightnet.cli import main
+from weightnet.cli import run
 
-sys.exit(main())
+sys.exit(run())

@@ -3,6 +3,7 @@
 Modules that take long to import (NumPy, OpenCV, PyTorch) are imported inside the commands: `weightnet --help` is quick.
 """
 
+import gc
 import sys
 import traceback
 import warnings
@@ -100,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("weightnet: this is a bug of weightnet. Please report it with the lines above.")
         return BUG
     return code or 0
+
+
+def run() -> int:
+    """Run the command line as the one thing that this process does, and return its exit code."""
+    code = main()
+    gc.freeze()  # or the interpreter looks through all modules for garbage once more before it ends: 40 ms
+    return code
 
 
 def _tokens(argv: Sequence[str]) -> list[str]:
