@@ -6,6 +6,7 @@ CAT is examples/cat.png. What the base promises runs; what needs PyTorch says so
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 MAX_BYTES = 400_000_000  # of all packages, and of the virtual environment around them
+MAX_MEMORY_BYTES = 150_000_000
 BIN = Path(sys.executable).parent
 NEEDS_TORCH = {
     "convert": ["convert", "default", "copy.pkl"],
@@ -61,6 +63,17 @@ def check_commands() -> list[str]:
     return problems
 
 
+def check_memory() -> list[str]:
+    """Return whether classifying one photo took too much memory."""
+    with open(os.devnull, "wb") as nowhere:
+        process = subprocess.Popen([str(BIN / "weightnet"), "predict", "cat.png"], stdout=nowhere, stderr=nowhere)
+        _, _, used = os.wait4(process.pid, 0)
+        process.returncode = 0
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"memory for one photo {peak / 1e6:.0f} MB")
+    return [f"predict took {peak} bytes, not at most {MAX_MEMORY_BYTES}"] if peak > MAX_MEMORY_BYTES else []
+
+
 def check_python() -> list[str]:
     """Return what is wrong with the package in Python."""
     import weightnet
@@ -88,7 +101,7 @@ def main() -> int:
     cat = Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         shutil.copy(cat, "cat.png")
-        problems = check_install() + check_commands() + check_python()
+        problems = check_install() + check_commands() + check_memory() + check_python()
     print("\n".join(problems) or "the base does what it promises, without PyTorch")
     return 1 if problems else 0
 
