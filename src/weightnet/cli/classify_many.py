@@ -47,7 +47,7 @@ def classify_many(
             `weightnet export`.
         engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
             `weightnet export`, torch for all but such files; auto takes the first that fits.
-        device: cpu; with torch auto, cuda, cuda:N or mps too.
+        device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         k: How many classes a row names, the most probable first.
         embeddings: Write the pooled features (`pre_logits`) instead of classes.
         batch_size: Photos that run at once.

@@ -42,7 +42,7 @@ def evaluate(
             (columns folder, label, wnid); one that fits none is an error. Classes without a folder are fine.
         engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
             `weightnet export`, torch for all but such files; auto takes the first that fits.
-        device: cpu; with torch auto, cuda, cuda:N or mps too.
+        device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         batch_size: Photos that run at once.
         resize: Short edge before the crop, in pixels; left out: the model's own.
         crop: Height and width of what the network sees, in pixels; left out: the model's own.

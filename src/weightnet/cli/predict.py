@@ -46,7 +46,7 @@ def predict(
             `weightnet export`.
         engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
             `weightnet export`, torch for all but such files; auto takes the first that fits.
-        device: cpu; with torch auto, cuda, cuda:N or mps too.
+        device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         batch_size: Photos that run at once.
         embeddings: Write what the network sees in a photo (`pre_logits`: numbers, near for photos that look alike)
             instead of `top`; with `--json`, `--jsonl` or `--csv`.

@@ -30,7 +30,7 @@ def serve(
             `weightnet export`. Given several times, requests choose by `?model=`, and get the first by default.
         engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
             `weightnet export`, torch for all but such files; auto takes the first that fits.
-        device: cpu; with torch auto, cuda, cuda:N or mps too.
+        device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
     """
     try:
         from weightnet.serve.server import serve as run

@@ -100,7 +100,7 @@ class Classifier:
             network with a card in `.card`, of which a copy is taken.
         engine: what runs the network: "onnxruntime" or "openvino" for models inside the package and exported files,
             "torch" for all but exported files; "auto" takes the first of them that fits.
-        device: "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
+        device: "auto" or "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
         batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
         resize: short edge of the photos before the crop, in pixels; None takes the card's.
         crop: edge of the square that the network sees, in pixels, at most `resize`; None takes the card's.

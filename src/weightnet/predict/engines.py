@@ -76,7 +76,7 @@ def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> 
             network with a card in `.card`, of which a copy is taken.
         engine: "onnxruntime" or "openvino" for the models inside the package and exported files, "torch" for all but
             exported files; "auto" takes the first of them that fits.
-        device: "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
+        device: "auto" or "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
 
     Raises:
         UsageError: an unknown engine, one that does not run this model, a device that this machine or engine does not
