@@ -87,7 +87,7 @@ def seen_region(preprocess: Preprocess, height_px: int, width_px: int) -> Region
 
     Example:
         >>> seen_region(Preprocess(resize=256, crop=256), 300, 400)
-        Region(left=0.12609970674486803, top=0.0, right=0.8768328445747801, bottom=1.0)
+        Region(left=0.12316715542521994, top=0.0, right=0.873900293255132, bottom=1.0)
     """
     short_px = min(height_px, width_px)
     resized_px = [int(preprocess.resize * edge_px / short_px) for edge_px in (width_px, height_px)]  # as the resize
