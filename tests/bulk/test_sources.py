@@ -1,5 +1,6 @@
 """A listing is the same photos in the same order, in ranges or whole, whatever they lie in."""
 
+import gzip
 import io
 import os
 
@@ -95,6 +96,16 @@ def test_shard_that_is_damaged_is_one_photo_with_an_error(listed, everything):
     assert path == f"{everything}/m.tar"
     assert isinstance(source, ImageError)
     assert "A shard must be a whole, undamaged tar file" in str(source)
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize("name", ["m.tar.gz", "m.tgz", "M.TAR.XZ"])
+def test_shard_that_is_compressed_is_said_to_be(listed, everything, name):
+    (everything / name).write_bytes(gzip.compress(b"x"))
+    reports: list[str] = []
+    ((path, source),) = listed(everything / name, reports=reports).photos(0, 1)
+    assert path == str(everything / name)
+    assert "compressed by gzip" in str(source)
     assert len(reports) == 1
 
 

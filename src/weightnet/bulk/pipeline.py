@@ -57,7 +57,7 @@ class BulkConfig:
     k: int = 5
     embeddings: bool = False
     batch_size: int = 16
-    rows_per_file: int = 10_000
+    rows_per_file: int = 1000
     image_column: str = "image"
     runner: str = "local"
     workers: int | None = None

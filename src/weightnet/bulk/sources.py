@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from weightnet.images.shards import index_shard, read_member
 from weightnet.predict.inputs import find_images, stands_for_many
 
 STDIN = "-"
+_SHARD = re.compile(r"\.tar(\.\w+)?$|\.tgz$", re.IGNORECASE)  # compressed ones too, so that they are refused by name
 Report: TypeAlias = Callable[[str], None]
 
 
@@ -231,12 +233,10 @@ class _Lister:
 
     def add(self, path: str) -> None:
         """Add the photos of one file."""
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in (".tar", ".parquet"):
+        is_shard, is_table = _SHARD.search(path), path.lower().endswith(".parquet")
+        if is_shard or is_table:
             try:
-                self.parts.append(
-                    self._shard(path) if suffix == ".tar" else ParquetPhotos.open(path, self._image_column)
-                )
+                self.parts.append(self._shard(path) if is_shard else ParquetPhotos.open(path, self._image_column))
             except DataError as error:
                 self._report(f"{path}: {error}")
                 self.parts.append(Unreadable(path, str(error)))

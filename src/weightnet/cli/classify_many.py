@@ -23,7 +23,7 @@ def classify_many(
     k: Annotated[int, Parameter(name="-k")] = 5,
     embeddings: Switch = False,
     batch_size: int = 16,
-    rows_per_file: int = 10_000,
+    rows_per_file: int = 1000,
     image_column: str = "image",
     runner: Literal["local", "ray"] = "local",
     workers: Annotated[int | None, Parameter(show_default=False)] = None,
