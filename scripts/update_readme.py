@@ -6,6 +6,7 @@ Each stands between a line `<!-- from the program: NAME -->` and the next empty 
 """
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -97,7 +98,7 @@ def default_output() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "first table": lambda: network_table({"x0_5": "", "x1_0": "", "x1_5": "", "x2_0": ""}),
     "second table": lambda: network_table({"x0_5": ".wn8x", "x1_0": ".wn4x", "x1_5": ".wn4x", "x2_0": ".wn4x"}),
-    "default": lambda: model_table("default"),
+    **{name: functools.partial(model_table, name) for name in embedded_models()},
     "weightnet predict examples/cat.png": default_output,
 }
 

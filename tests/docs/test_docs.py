@@ -26,6 +26,7 @@ from cyclopts import App
 
 from weightnet.cli import app, main
 from weightnet.images import decode
+from weightnet.zoo.cards import embedded_models
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -205,8 +206,9 @@ def test_network_tables_are_those_of_the_zoo(updater: dict[str, Any]) -> None:
         assert written_in_readme(updater, name) == updater["PARTS"][name]()
 
 
-def test_embedded_models_figures_are_those_of_its_card(updater: dict[str, Any]) -> None:
-    assert written_in_readme(updater, "default") == updater["PARTS"]["default"]()
+@pytest.mark.parametrize("name", embedded_models())
+def test_embedded_models_figures_are_those_of_its_card(updater: dict[str, Any], name: str) -> None:
+    assert written_in_readme(updater, name) == updater["PARTS"][name]()
 
 
 def test_first_command_prints_what_the_readme_says(updater: dict[str, Any]) -> None:
