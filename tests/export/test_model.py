@@ -17,7 +17,7 @@ from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.nn.fold import fold
 from weightnet.nn.variants import VARIANTS
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.exported import OUTPUTS, open_exported
 from weightnet.zoo.cards import read_card, write_card
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
@@ -104,6 +104,17 @@ def test_export_in_half_precision_is_half_as_large_and_near(small, make_pictures
     assert sizes["fp32"] - sizes["fp16"] > 0.4 * sum(p.nbytes for p in fold(network).parameters())
 
 
+def test_export_for_bfloat16_computes_in_it_where_the_processor_can(small, make_pictures, tmp_path):
+    network, path = small("r1"), tmp_path / "net.xml"
+    export_model(network, path, precision="bf16", outputs=OUTPUTS)
+    assert_equal(path, network, make_pictures(*SHAPES[1]), tolerance=0.1)
+    engine = open_exported(path)
+    engine.run(np.zeros((1, 3, 224, 224), np.float32))
+    (compiled,) = engine._compiled.values()
+    can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == ("bf16" if can else "f32")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_export_takes_other_numbers_of_channels(small, make_network, make_pictures, tmp_path, suffix):
     network = make_network(dataclasses.replace(small("r1").spec, in_channels=1, num_classes=3))
@@ -121,8 +132,10 @@ def test_export_takes_a_network_in_training_and_leaves_it_so(small, make_picture
     assert_equal(tmp_path / "net.onnx", small("r1"), make_pictures(*SHAPES[0]), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("suffix", "precision"),
+    [(".onnx", "fp32"), (".onnx", "fp16"), (".xml", "fp32"), (".xml", "fp16"), (".xml", "bf16")],
+)
 def test_export_refuses_to_write_a_file_that_is_wrong(small, tmp_path, monkeypatch, suffix, precision):
     build_graph = model_module.build_graph
 
@@ -211,7 +224,8 @@ def test_export_refuses_the_place_of_another_models_card(small, tmp_path):
         ("net", {}, r"suffix must be \.onnx or \.xml"),
         ("no/net.onnx", {}, "folder must exist"),
         ("folder.onnx", {}, "must be a file"),
-        ("net.onnx", {"precision": "int8"}, r"precision must be fp32 or fp16\. Got precision='int8'"),
+        ("net.onnx", {"precision": "int8"}, r"precision must be fp32, fp16, bf16\. Got precision='int8'"),
+        ("net.onnx", {"precision": "bf16"}, r"precision must be fp32 or fp16 for \.onnx\. Got precision='bf16'"),
         (
             "net.onnx",
             {"outputs": ["probabilities"]},

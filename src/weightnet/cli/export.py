@@ -15,7 +15,7 @@ def export(
     out: Annotated[str, Parameter(name="OUT")],
     /,
     *,
-    precision: Literal["fp32", "fp16"] = "fp32",
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     outputs: Annotated[
         tuple[Literal["logits", "pre_logits", "features", "class_weights"], ...],
         Parameter(consume_multiple=True, negative="", show_default=False),
@@ -30,7 +30,8 @@ def export(
     Args:
         model: A name of `weightnet models`, a run folder, a weights file, or its address.
         out: OUT.onnx or OUT.xml; the card is OUT.json.
-        precision: fp16 keeps the weights in half precision, in a file half as large, and computes in single precision.
+        precision: fp16 keeps the weights in half precision, in a file half as large, and computes in single precision;
+            bf16, for .xml, also computes in bfloat16 where the processor has it.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
             class_weights the classifier's weights, by which features become the heat map of a class.
         json: Write a JSON object: `{"path", "bytes", "precision", "outputs", "largest_error", "allowed_error",

@@ -39,8 +39,9 @@ def export_model(
     Args:
         model: a network, folded or not, a name of `list_models()`, a run folder, or a weights file.
         out: OUT.onnx or OUT.xml.
-        precision: "fp32"; or "fp16" for weights kept in half precision, in a file half as large: the numbers computed
-            with them are in single precision all the same.
+        precision: "fp32"; "fp16" for weights kept in half precision, in a file half as large: the numbers computed
+            with them are in single precision all the same; or, for .xml, "bf16": such weights, and numbers computed in
+            bfloat16 where the processor has it.
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
@@ -69,18 +70,17 @@ def export_model(
     card, exports = _beside(out, card)
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
         files = _write(network, Path(folder) / out.name, outputs, precision)
-        write_card(card, card_path(files[-1]))
+        entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
+        card = dataclasses.replace(card, notes={**card.notes, "exports": exports | {out.suffix: entry}})
+        write_card(card, card_path(files[-1]))  # from which the engine takes the precision
         errors = check_parity(network, open_exported(files[-1]), precision=precision)
         runtime = EXPORTED[out.suffix][0]
-        exports[out.suffix] = {
-            "precision": precision,
-            "outputs": list(outputs),
+        entry |= {
             "largest_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
             "allowed_error": TOLERANCE[precision],
             "checked_in": f"{runtime} {importlib.metadata.version(runtime)}",
             "exporter": f"weightnet {__version__}",
         }
-        card = dataclasses.replace(card, notes={**card.notes, "exports": exports})
         _publish(files, out, card)
     return card
 
@@ -97,8 +97,10 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
     if out.is_dir():
         raise UsageError(f"The output must be a file. Got the folder out={out}. Add a file name.")
     if precision not in PRECISIONS:
+        raise UsageError(f"precision must be {', '.join(PRECISIONS)}. Got precision={precision!r}. Choose one of them.")
+    if precision == "bf16" and out.suffix != ".xml":
         raise UsageError(
-            f"precision must be {' or '.join(PRECISIONS)}. Got precision={precision!r}. Choose one of them."
+            f"precision must be fp32 or fp16 for .onnx. Got precision='bf16', out={out}. Write an .xml file."
         )
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or isinstance(outputs, str):
@@ -158,7 +160,7 @@ def _write(
 
     import openvino
 
-    openvino.save_model(converted, path, compress_to_fp16=half)
+    openvino.save_model(converted, path, compress_to_fp16=precision != "fp32")
     return [path.with_suffix(".bin"), path]
 
 
