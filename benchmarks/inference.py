@@ -1,0 +1,291 @@
+"""Measure every network in every engine: WeightNet as ports compute it, in its static form, and its plain twin.
+
+    python benchmarks/inference.py [--rounds N] [--out benchmarks/results/inference.json]
+    python benchmarks/inference.py --table benchmarks/results/inference.json
+
+Twelve networks at 224 px, batches of 1, 8 and 32, on one processor core and on two (each in a process that is held to
+so many), with new weights and batch norms calibrated on noise. Engines: PyTorch with a kernel for each sample, which is
+what ports do (`per-sample`), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the exported file;
+OpenVINO in bfloat16 with the file exported so, where the processor has it. Within one batch size all take turns, one
+run each a round: figures are medians and quartiles over the rounds, in milliseconds a batch, and ratios are of the
+medians of one process. The peak is that of a matrix product of 1,024 x 1,024; OpenVINO's float32 is held against it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SIZE_PX = 224
+BATCHES = (1, 8, 32)
+THREADS = (1, 2)
+ENGINES = ("per-sample", "torch", "onnxruntime", "openvino", "openvino bf16")
+MEMORY_NETWORK, MEMORY_BATCH = "shufflenet_v2_x1_0", 32
+
+Run = Callable[[], Any]
+
+
+def network_of(name: str) -> Any:
+    """Return a network with new weights and calibrated batch norms."""
+    import torch
+
+    import weightnet
+
+    torch.manual_seed(0)
+    network = weightnet.load(name).train()
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = None  # a plain average
+    with torch.no_grad():
+        network(torch.randn(16, 3, 128, 128))
+    return network.eval()
+
+
+def networks() -> list[str]:
+    """Return the names of the twelve networks."""
+    from weightnet.nn.variants import VARIANTS
+
+    return list(VARIANTS)
+
+
+def has_bfloat16() -> bool:
+    """Return whether OpenVINO computes in bfloat16 here."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def export_all(folder: Path) -> None:
+    """Write every network's files."""
+    import weightnet
+
+    for name in networks():
+        network = network_of(name)
+        weightnet.export_model(network, folder / f"{name}.onnx")
+        if has_bfloat16():
+            weightnet.export_model(network, folder / f"{name}_bf16.xml", precision="bf16")
+
+
+def prepared(engine: str, name: str, folder: Path, batch: int) -> Run | None:
+    """Return a function that runs a network once on a batch; None where the engine is not for it."""
+    import numpy as np
+    import torch
+
+    import weightnet
+    from weightnet.predict.engines import open_engine
+
+    x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+    if engine == "per-sample":
+        if name.endswith(".plain"):
+            return None
+        network = network_of(name)
+        weightnet.set_form(network, "reference")
+        photos = torch.from_numpy(x_BCHW)
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return network(photos)
+
+        return run
+    if engine == "torch":
+        folded = weightnet.fold(network_of(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        photos = torch.from_numpy(x_BCHW).to(memory_format=torch.channels_last)
+
+        def run_folded() -> Any:
+            with torch.inference_mode():
+                return folded(photos)
+
+        return run_folded
+    if engine == "openvino bf16":
+        file = folder / f"{name}_bf16.xml"
+        if not file.exists():
+            return None
+        opened = open_engine(file)
+    else:
+        opened = open_engine(folder / f"{name}.onnx", engine=engine)
+    return lambda: opened.run(x_BCHW)
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of every network, engine and batch in this process."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for batch in BATCHES:
+        runs = {
+            f"{name}|{engine}": run
+            for name in networks()
+            for engine in ENGINES
+            if (run := prepared(engine, name, folder, batch))
+        }
+        for run in runs.values():
+            run()
+            run()
+        milliseconds: dict[str, list[float]] = {key: [] for key in runs}
+        for _ in range(rounds):
+            for key, run in runs.items():
+                begun_at = time.perf_counter()
+                run()
+                milliseconds[key].append(1e3 * (time.perf_counter() - begun_at))
+        times[str(batch)] = {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in milliseconds.items()}
+        print(f"  batch {batch} done", file=sys.stderr, flush=True)
+    return {"peak_gflops": peak_gflops(), "ms_quartiles": times}
+
+
+def peak_gflops() -> dict[str, float]:
+    """Return the speed of a large matrix product, the best of 20, in float32 and bfloat16."""
+    import torch
+
+    peaks = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a = torch.randn(1024, 1024).to(dtype)
+        best = float("inf")
+        for _ in range(20):
+            begun_at = time.perf_counter()
+            torch.mm(a, a)
+            best = min(best, time.perf_counter() - begun_at)
+        peaks[name] = round(2 * 1024**3 / best / 1e9, 1)
+    return peaks
+
+
+def peak_memory_mb(folder: Path, engine: str) -> float:
+    """Return the most memory that this process needed to run one network on a large batch."""
+    run = prepared(engine, MEMORY_NETWORK, folder, MEMORY_BATCH)
+    for _ in range(3 if run else 0):
+        run()  # type: ignore[misc]
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def child(arguments: Sequence[str], threads: int) -> Any:
+    """Return what a process gives that is held to some cores."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    return json.loads(done.stdout)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as tables in Markdown, one for each number of threads."""
+    lines = []
+    for threads, measured in report["threads"].items():
+        lines += [f"On {threads} core{'s' if threads != '1' else ''}, milliseconds a batch (times its plain twin):", ""]
+        lines += [f"| network | batch | {' | '.join(ENGINES)} |", "|---" * (len(ENGINES) + 2) + "|"]
+        for name in report["networks"]:
+            for batch in map(str, BATCHES):
+                cells = [cell(measured, name, engine, batch) for engine in ENGINES]
+                lines.append(f"| `{name}` | {batch} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join([*lines, verdicts(report)])
+
+
+def cell(measured: dict[str, Any], name: str, engine: str, batch: str) -> str:
+    """Return one figure, and its ratio to the plain twin's in the same engine."""
+    ms = median(measured, name, engine, batch)
+    if ms is None:
+        return ""
+    base = median(measured, plain_twin(name), engine, batch)
+    text = f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+    return text if base is None or name == plain_twin(name) else f"{text} ({ms / base:.2f})"
+
+
+def median(measured: dict[str, Any], name: str, engine: str, batch: str) -> float | None:
+    """Return a median in milliseconds, None where it was not measured."""
+    quartiles = measured["ms_quartiles"][batch].get(f"{name}|{engine}")
+    return None if quartiles is None else quartiles[1]
+
+
+def plain_twin(name: str) -> str:
+    """Return the name of the plain network of the same widths."""
+    return f"{name.split('.')[0]}.plain"
+
+
+def verdicts(report: dict[str, Any]) -> str:
+    """Return how WeightNet in its static form stands to the per-sample form and to the machine's peak, in Markdown."""
+    lines = [
+        "| network | threads | batch | x faster than per-sample | in bfloat16 | bfloat16 x float32 | of the peak |"
+    ]
+    lines.append("|---" * 7 + "|")
+    for name, macs in report["networks"].items():
+        for threads, measured in report["threads"].items():
+            for batch in map(str, BATCHES) if not name.endswith(".plain") else ():
+                ms = {engine: median(measured, name, engine, batch) for engine in ENGINES}
+                ported, single, low = ms["per-sample"], ms["openvino"], ms["openvino bf16"]
+                exact = [ms[engine] for engine in ("torch", "onnxruntime", "openvino")]
+                assert ported is not None
+                assert single is not None
+                fastest = min(time_ms for time_ms in exact if time_ms is not None)
+                share = 2 * macs * int(batch) / (single * 1e6) / measured["peak_gflops"]["float32"]
+                in_low = [f"{ported / low:.1f}", f"{single / low:.2f}"] if low else ["", ""]
+                cells = [f"`{name}`", threads, batch, f"{ported / fastest:.1f}", *in_low, f"{100 * share:.0f}%"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the tables and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
+    parser.add_argument("--times-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--memory-in", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.times_in:
+        print(json.dumps(measure(options.times_in, options.rounds)))
+    elif options.memory_in:
+        print(json.dumps(peak_memory_mb(Path(options.memory_in[0]), options.memory_in[1])))
+    elif options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+    else:
+        report = measure_all(options.rounds)
+        print(table(report))
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_all(rounds: int) -> dict[str, Any]:
+    """Return the whole report."""
+    import onnxruntime
+    import openvino
+    import torch
+
+    import weightnet
+    from weightnet.nn.variants import VARIANTS
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_all(Path(folder))
+        threads = {str(n): child(["--times-in", folder, "--rounds", str(rounds)], n) for n in THREADS}
+        memory = {engine: child(["--memory-in", folder, engine], 1) for engine in ENGINES}
+    return {
+        "command": f"python benchmarks/inference.py --rounds {rounds}",
+        "size_px": SIZE_PX,
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "bfloat16": has_bfloat16(),
+        "versions": {
+            "weightnet": weightnet.__version__,
+            "torch": str(torch.__version__),
+            "onnxruntime": onnxruntime.__version__,
+            "openvino": openvino.__version__,
+        },
+        "networks": {name: VARIANTS[name].totals.macs for name in networks()},
+        "peak_memory_mb": {"network": MEMORY_NETWORK, "batch": MEMORY_BATCH, **memory},
+        "threads": threads,
+    }
+
+
+if __name__ == "__main__":
+    main()
