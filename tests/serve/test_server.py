@@ -1,5 +1,6 @@
 """The process: how it starts, and how it ends."""
 
+import os
 import re
 import select
 import signal
@@ -76,9 +77,23 @@ def test_sigterm_while_loading_ends_at_once(tmp_path, monkeypatch):
         with process("--model", address, until="listening") as (server, port):
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").json() == {"status": "loading"}
             server.send_signal(signal.SIGTERM)
-            assert server.wait(5) == -signal.SIGTERM
+            assert server.wait(5) == 0
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+
+
+def test_sigterm_ends_the_first_process_of_a_container_before_it_listens(tmp_path):
+    (tmp_path / "uvicorn.py").write_text("import sys, time; print('importing', file=sys.stderr); time.sleep(60)")
+    code = "import os, sys; os.getpid = lambda: 1; from weightnet.cli import run; sys.exit(run())"
+    command = [sys.executable, "-c", code, "serve", "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stderr.readline() == "importing\n"
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(5) == 128 + signal.SIGTERM  # its own doing: the system would have said -SIGTERM
+        finally:
+            server.kill()
 
 
 @pytest.mark.full

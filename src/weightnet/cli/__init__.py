@@ -4,6 +4,8 @@ Modules that take long to import (NumPy, OpenCV, PyTorch) are imported inside th
 """
 
 import gc
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -105,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """Run the command line as the one thing that this process does, and return its exit code."""
+    if os.getpid() == 1:  # a container's first process does not end by a signal that it leaves alone
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     code = main()
     gc.freeze()  # or the interpreter looks through all modules for garbage once more before it ends: 40 ms
     return code

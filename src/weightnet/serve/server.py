@@ -1,6 +1,7 @@
 """The process: a socket, an event loop, and an end that finishes what was begun."""
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -115,8 +116,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End in an orderly way; a second SIGINT cuts off what is in work, and while loading there is none."""
         if self.service.state == "loading":  # a download in a thread would hold the process for minutes
-            signal.signal(sig, signal.SIG_DFL)
-            signal.raise_signal(sig)
+            os._exit(0)
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.stop()
 
