@@ -78,3 +78,13 @@ def test_file_that_changes_after_it_was_listed_gives_as_many_rows(tmp_path):
     assert len(found) == 7
     path.unlink()
     assert len(list(photos.photos(2, 9))) == 7
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" + b"x" * 100])
+def test_file_that_is_cut_off_after_it_was_listed_gives_as_many_rows(tmp_path, content):
+    path = tmp_path / "t.parquet"
+    photos = ParquetPhotos.open(table(path, CELLS[:9], pa.binary()), "image")
+    path.write_bytes(content)
+    found = list(photos.photos(2, 9))
+    assert [name for name, _ in found] == [f"{path}#{row}" for row in range(2, 9)]
+    assert all(isinstance(source, ImageError) for _, source in found)

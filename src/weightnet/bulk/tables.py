@@ -51,7 +51,7 @@ class ParquetPhotos:
             kinds = ", ".join(f"{name} ({schema.field(name).type})"[:80] for name in schema.names[:20])
             raise UsageError(
                 f"image_column must name a column of bytes, or of bytes and path. Got {column!r} for {path}, which has "
-                f"{kinds}. Name another column."
+                f"{kinds}. Name another column, or inputs without this file."
             )
         return cls(path, column, count, status.st_size, status.st_mtime_ns)
 
@@ -73,7 +73,7 @@ class ParquetPhotos:
                             row += 1
                     begin = end
             error = "fewer rows than there were when the file was listed"
-        except OSError as problem:
+        except Exception as problem:  # pyarrow raises many kinds
             error = _one_line(problem)
         for left in range(row, stop):
             yield f"{self.path}#{left}", _unreadable(error)
