@@ -304,3 +304,16 @@ def test_page_fits_a_phone(visit, tmp_path, scheme):
     ground = made.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(ground[4:].split(",")[0]) < 60) == (scheme == "dark")
     made.page.screenshot(path=tmp_path / "phone.png", full_page=True)
+
+
+def test_narrowest_phone_shows_the_models_name(browser, site):
+    visit = Visit(browser, site, viewport={"width": 320, "height": 600})
+    picker = visit.page.get_by_role("combobox", name="Model")  # named so even where there is no room to write it
+    room, wanted = picker.evaluate("""select => {
+        const width = select.offsetWidth;
+        select.replaceChildren(new Option("default"));
+        select.style.flex = "none";
+        return [width, select.offsetWidth];
+    }""")
+    assert room >= wanted
+    visit.page.close()
