@@ -51,6 +51,8 @@ class OnnxRuntimeEngine:
         read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is in the error that it raises; standard error is not ours
+        # Its threads would keep their cores while they wait, on which the next photos are decoded.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has a dozen classes of errors, without a common base
