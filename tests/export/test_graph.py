@@ -44,6 +44,19 @@ def test_graph_makes_all_gates_of_a_block_by_one_product(small):
     assert (kinds["Gemm"], kinds["Sigmoid"]) == (2 * blocks + 1, blocks)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_combines_no_two_values_per_channel_as_maps(small, name):
+    # OpenVINO would compute what they meet in their layout and not in that of the feature maps.
+    graph = onnx.shape_inference.infer_shapes(build_graph(fold(small(name)), OUTPUTS)).graph
+    sizes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    per_channel = {name for name, shape in sizes.items() if len(shape) == 4 and shape[2:] == [1, 1]}
+    combined = [node for node in graph.node if node.op_type in ("Mul", "Add")]
+    assert name == "plain" or any(per_channel & set(node.input) for node in combined)
+    assert not any(node.input[0] in per_channel for node in combined)
+    with_bias = {node.output[0] for node in combined if node.op_type == "Add" and node.input[1] in per_channel}
+    assert not any(node.op_type == "Add" and with_bias & set(node.input) for node in combined)
+
+
 @pytest.mark.parametrize("outputs", [["logits"], ["logits", "features"], list(OUTPUTS)])
 def test_graph_has_the_outputs_that_were_asked_for(small, outputs):
     model = build_graph(fold(small("r1")), outputs)

@@ -4,7 +4,9 @@
 written as a few ONNX operators. What is computed per photo are gains: the weights of all convolutions are constants.
 Batch, height and width stay open.
 
-Gates are (B, O, 1, 1) from the sigmoid on, so that they scale feature maps as they are.
+Gates and biases per photo are (B, O) and become (B, O, 1, 1) one by one, where a feature map meets them, and a bias is
+added last. An operator then never takes more of them than feature maps: OpenVINO computes it in the layout that most of
+its inputs have, and would change the layout of the maps back and forth (with open sizes, 1.3 times as slow).
 """
 
 import operator
@@ -158,6 +160,14 @@ class _Writer:
         """Write what is added to a layer's output, in single precision, and return its name."""
         return self.constant(name, bias.float().reshape(shape).numpy(force=True))
 
+    def per_channel(self, values: str) -> str:
+        """Write values (B, O) as (B, O, 1, 1), to scale feature maps or be added to them, and return their name."""
+        name = f"{values}.per_channel"
+        if name in self._known:
+            return name
+        self._known.add(name)
+        return self.op("Unsqueeze", [values, self.integers("spatial_axes", (2, 3))], name)
+
     def integers(self, name: str, values: Sequence[int]) -> str:
         """Write whole numbers, such as axes, and return their name."""
         return self.constant(name, np.array(values, np.int64))
@@ -176,7 +186,7 @@ class _Writer:
             return INPUT
         target = str(node.target).removeprefix("network.")
         if node.op == "get_attr":
-            return self.bias(target, self.network.get_parameter(target), shape=(1, -1, 1, 1))
+            return self.bias(target, self.network.get_parameter(target), shape=(1, -1))
         if node.op == "call_module":
             layer = self.network.get_submodule(target)
             return _LAYERS[type(layer)](self, target, layer, *args)
@@ -188,8 +198,7 @@ def _mean(writer: _Writer, name: str, x: str, axes: tuple[int, ...]) -> str:
 
 
 def _sigmoid(writer: _Writer, name: str, x: str) -> str:
-    gates = writer.op("Sigmoid", [x], name)
-    return writer.op("Unsqueeze", [gates, writer.integers("spatial_axes", (2, 3))], f"{name}.per_channel")
+    return writer.op("Sigmoid", [x], name)
 
 
 def _split(writer: _Writer, name: str, x: str, sizes: list[int], axis: int) -> list[str]:
@@ -254,18 +263,19 @@ def _gain_pointwise(
 
 
 def _gain_depthwise(writer: _Writer, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:
-    bias = writer.bias(f"{name}.bias", layer.bias, shape=(1, -1, 1, 1))
+    bias = writer.bias(f"{name}.bias", layer.bias, shape=(1, -1))
     return _scaled_sum(writer, name, layer.convs, [x] * len(gains), gains, bias)
 
 
 def _scaled_sum(writer: _Writer, name: str, convs: nn.ModuleList, xs: list[str], gains: list[str], bias: str) -> str:
-    """Convolve, scale and sum, from the bias on."""
-    y = bias
+    """Convolve, scale and sum, the bias last."""
+    y = ""
     for number, (conv, x, gain) in enumerate(zip(convs, xs, gains, strict=True)):
         assert isinstance(conv, FoldedConv)
-        scaled = writer.op("Mul", [_conv(writer, f"{name}.convs.{number}", conv, x), gain], f"{name}.scaled.{number}")
-        y = writer.op("Add", [scaled, y], f"{name}.sum.{number}")
-    return y
+        inputs = [_conv(writer, f"{name}.convs.{number}", conv, x), writer.per_channel(gain)]
+        scaled = writer.op("Mul", inputs, f"{name}.scaled.{number}")
+        y = writer.op("Add", [scaled, y], f"{name}.sum.{number}") if y else scaled
+    return writer.op("Add", [y, writer.per_channel(bias)], name)
 
 
 def _as_map(writer: _Writer, name: str, y: str, channels: int, like: str) -> str:
@@ -293,7 +303,7 @@ def _matmul_pointwise(
     kernel = _cat(writer, f"{name}.kernel", kernels, 2)
     pixels = writer.op("Reshape", [x, writer.integers("shape_pixels", (0, 0, -1))], f"{name}.pixels")
     y = writer.op("MatMul", [kernel, pixels], f"{name}.product")
-    return writer.op("Add", [_as_map(writer, f"{name}.map", y, outputs, x), bias], name)
+    return writer.op("Add", [_as_map(writer, f"{name}.map", y, outputs, x), writer.per_channel(bias)], name)
 
 
 # What each step and each layer becomes; their arguments are those of the traced call.
