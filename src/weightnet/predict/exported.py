@@ -80,7 +80,7 @@ class OpenVinoEngine:
 
     It computes in single precision, or in bfloat16 where the file was exported so and the processor has it.
 
-    The network is compiled for each shape of batch that comes, and the last few are kept: fixed shapes run 1.4 to 1.7
+    The network is compiled for each shape of batch that comes, and the last few are kept: fixed shapes run about 1.2
     times as fast as open ones, and compiling takes half a second.
 
     Raises: as `open_engine`.
