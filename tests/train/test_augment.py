@@ -137,6 +137,13 @@ def test_augment_makes_a_square_of_any_photo(shape: tuple[int, int], interpolati
     assert (crop == 77).all()
 
 
+def test_augment_makes_larger_crops_epoch_by_epoch() -> None:
+    growing = TrainConfig(data="", out="", first_train_size=32, train_size=64, epochs=3)
+    photo = np.zeros((100, 100, 3), np.uint8)
+    crops = [augment(photo, np.random.default_rng(0), growing, epoch=epoch) for epoch in range(3)]
+    assert [crop.shape for crop in crops] == [(32, 32, 3), (48, 48, 3), (64, 64, 3)]
+
+
 def test_augment_flips_half_of_the_photos() -> None:
     ramp = np.broadcast_to(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (100, 100, 3)).copy()
     crops = [augment(ramp, np.random.default_rng(seed), config(jitter=0.0)) for seed in range(200)]

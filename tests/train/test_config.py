@@ -59,6 +59,8 @@ def test_defaults_are_the_originals_recipe() -> None:
         ("crop", 31, "at least 32 px"),
         ("crop", 257, "at most resize"),
         ("resize", 4096, "at most 2048"),
+        ("first_train_size", 31, "0, or from 32 px to train_size"),
+        ("first_train_size", 225, "0, or from 32 px to train_size"),
         ("cache", -1, "0, or at least train_size"),
         ("cache", 223, "0, or at least train_size"),
         ("workers", -1, "at least 0"),

@@ -105,6 +105,15 @@ def test_training_loader_is_a_function_of_seed_epoch_and_position(
         assert got[position // 9].labels[position % 9] == folder.labels[index]
 
 
+def test_training_loader_gives_crops_of_the_size_of_the_epoch(
+    photos: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder, _ = read_folders(photos)
+    config = make_config(first_train_size=32, train_size=48, epochs=3)
+    shapes = [batches_of(folder, config, tmp_path, epoch=epoch)[0].photos.shape[1:3] for epoch in range(3)]
+    assert shapes == [(32, 32), (40, 40), (48, 48)]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_loader_does_not_depend_on_workers_or_where_it_begins(
     photos: Path, tmp_path: Path, make_config: MakeConfig, workers: int

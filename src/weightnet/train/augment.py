@@ -17,11 +17,13 @@ Box = tuple[int, int, int, int]  # x, y, width, height
 BGR_TO_GREY = np.array([0.114, 0.587, 0.299], np.float32)
 
 
-def augment(photo_HW3: Pixels, rng: np.random.Generator, config: TrainConfig, box: Box | None = None) -> Pixels:
-    """Return a training crop (train_size, train_size, 3) of a photo, of a given box or else of a random one."""
+def augment(
+    photo_HW3: Pixels, rng: np.random.Generator, config: TrainConfig, box: Box | None = None, *, epoch: int = 0
+) -> Pixels:
+    """Return a training crop (size, size, 3) of a photo, as large as the epoch's are, of a given or a random box."""
     if box is None:
         box = random_crop_box(photo_HW3.shape[1], photo_HW3.shape[0], rng, config.min_scale)
-    crop = cut(photo_HW3, box, config.train_size, config.interpolation)
+    crop = cut(photo_HW3, box, config.train_size_in(epoch), config.interpolation)
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     return colour_jitter(crop, rng, config.jitter)

@@ -16,6 +16,7 @@ from weightnet.nn.variants import VARIANTS
 
 PYPI_TEACHERS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")  # of ImageNet's 1,000 classes
 MIN_SIZE_PX = 32  # the smallest input that the networks take
+GROWTH_STEP_PX = 8  # of training crops, so that few sizes occur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TrainConfig:
             Their probabilities take 2 bytes per photo, view and class of the teacher, in the run folder.
         teacher_weight: of the loss against the teacher, beside that against the labels.
         train_size: height and width of training crops, in pixels.
+        first_train_size: that of the first epoch's crops, growing evenly to train_size in the last: a run is then
+            faster, and small crops come first. 0 keeps train_size throughout.
         min_scale: smallest share of a photo's area that a training crop takes.
         jitter: strength of brightness, contrast and saturation jitter.
         resize: short edge of validation photos, in pixels.
@@ -97,6 +100,7 @@ class TrainConfig:
     teacher_views: int = 8
     teacher_weight: float = 1.0
     train_size: int = 224
+    first_train_size: int = 0
     min_scale: float = 0.08
     jitter: float = 0.4
     resize: int = 256
@@ -133,6 +137,9 @@ class TrainConfig:
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
         for name in ("workers", "seed", "weight_decay", "clip_norm", "mixup", "teacher_weight", "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        first = self.first_train_size
+        rule = f"0, or from {MIN_SIZE_PX} px to train_size"
+        _require(first == 0 or MIN_SIZE_PX <= first <= self.train_size, "first_train_size", rule, first)
         _require(self.cache == 0 or self.cache >= self.train_size, "cache", "0, or at least train_size", self.cache)
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
         _require(0 < self.min_scale <= 1, "min_scale", "above 0 and at most 1", self.min_scale)
@@ -142,6 +149,19 @@ class TrainConfig:
     def peak_learning_rate(self) -> float:
         """The learning rate of the first step."""
         return self.learning_rate * self.batch_size / 128
+
+    def train_size_in(self, epoch: int) -> int:
+        """Return the height and width of an epoch's training crops, in pixels; whole steps of 8 px on the way.
+
+        Example:
+            >>> config = TrainConfig(data="photos", out="run", epochs=5, train_size=128, first_train_size=80)
+            >>> [config.train_size_in(epoch) for epoch in range(5)]
+            [80, 88, 104, 112, 128]
+        """
+        if self.first_train_size == 0 or epoch == self.epochs - 1:
+            return self.train_size
+        grown = (self.train_size - self.first_train_size) * epoch // max(1, self.epochs - 1)
+        return self.first_train_size + grown // GROWTH_STEP_PX * GROWTH_STEP_PX
 
     @property
     def preprocess(self) -> Preprocess:

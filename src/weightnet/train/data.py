@@ -151,10 +151,10 @@ class TrainingPhotos(Dataset[Crop | Unreadable]):
         rng = np.random.default_rng((self.config.seed, epoch, position))
         label = int(self.folder.labels[index])
         if self.targets is None:
-            return Crop(augment(photo, rng, self.config), label)
+            return Crop(augment(photo, rng, self.config, epoch=epoch), label)
         view = epoch % self.config.teacher_views
         box = view_box(photo, view, index, self.config)
-        return Crop(augment(photo, rng, self.config, box), label, self.targets[view, index])
+        return Crop(augment(photo, rng, self.config, box, epoch=epoch), label, self.targets[view, index])
 
 
 class TeacherPhotos(Dataset[Crop | Unreadable]):
