@@ -144,8 +144,8 @@ def main() -> None:
     if arguments.data is None:
         parser.error("--data must name the photos")
     settings, runs = yaml.safe_load(SETTINGS.read_text()), []
-    for seed in settings["seeds"]:
-        for arm in settings["arms"]:
+    for arm in settings["arms"]:
+        for seed in settings["seeds"]:
             runs.append(train(arm, seed, settings, arguments.data, arguments.runs))
             results = summary(settings, runs)
             write_atomically(RESULTS, (json.dumps(results, indent=2) + "\n").encode())
