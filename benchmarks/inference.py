@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -160,14 +160,16 @@ def peak_memory_mb(folder: Path, engine: str) -> float:
     run = prepared(engine, MEMORY_NETWORK, folder, MEMORY_BATCH)
     for _ in range(3 if run else 0):
         run()  # type: ignore[misc]
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+    # getrusage would give that of the process which started this one, where it was larger.
+    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return round(int(peak_kib) * 1024 / 1e6)
 
 
-def child(arguments: Sequence[str], threads: int) -> Any:
-    """Return what a process gives that is held to some cores."""
+def child(script: str, arguments: Sequence[str], threads: int) -> Any:
+    """Return what a script prints as JSON in a process that is held to some cores."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(
         command,
         env=environment,
@@ -268,8 +270,8 @@ def measure_all(rounds: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         export_all(Path(folder))
-        threads = {str(n): child(["--times-in", folder, "--rounds", str(rounds)], n) for n in THREADS}
-        memory = {engine: child(["--memory-in", folder, engine], 1) for engine in ENGINES}
+        threads = {str(n): child(__file__, ["--times-in", folder, "--rounds", str(rounds)], n) for n in THREADS}
+        memory = {engine: child(__file__, ["--memory-in", folder, engine], 1) for engine in ENGINES}
     return {
         "command": f"python benchmarks/inference.py --rounds {rounds}",
         "size_px": SIZE_PX,

@@ -1,0 +1,128 @@
+"""Measure where the time of a network goes, by kind of operator, in ONNX Runtime and OpenVINO on one core.
+
+    python benchmarks/operators.py [--out benchmarks/results/operators.json]
+    python benchmarks/operators.py --table benchmarks/results/operators.json
+
+The 1.0x WeightNet network and its plain twin at 224 px, in batches of 1 and 32, with the engines' own profilers. Of
+nine runs the fastest one counts; figures are milliseconds a batch. Networks and files are those of `inference.py`.
+"""
+
+import argparse
+import collections
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from inference import SIZE_PX, child, network_of, plain_twin
+
+NETWORK = "shufflenet_v2_x1_0"
+BATCHES = (1, 32)
+RUNS = 9
+
+# What operators do, so that both engines' names for it fall together; what is not listed is "other".
+KINDS = {
+    "convolutions": ("Conv", "Convolution", "GroupConvolution"),
+    "gains and sums": ("Mul", "Multiply", "Add", "Relu", "Eltwise"),
+    "changes of layout": ("ReorderInput", "ReorderOutput", "Reorder"),
+    "splits and concatenations": ("Split", "VariadicSplit", "Slice", "Concat"),
+    "gates": ("Gemm", "FusedGemm", "FullyConnected", "ReduceMean", "Unsqueeze"),
+}
+
+Times = dict[str, float]  # milliseconds by operator
+
+
+def in_onnxruntime(model: Path, x_BCHW: np.ndarray[Any, Any]) -> list[Times]:
+    """Return the operators' times of each run in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    options.profile_file_prefix = str(model.with_suffix(""))
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    for _ in range(RUNS):
+        session.run(None, {"input": x_BCHW})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    runs = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run"]
+    times: list[Times] = [collections.defaultdict(float) for _ in runs]
+    for event in events:
+        if event["name"].endswith("_kernel_time"):
+            run = next(number for number, (start, stop) in enumerate(runs) if start <= event["ts"] < stop)
+            times[run][event["args"]["op_name"]] += event["dur"] / 1e3
+    return times
+
+
+def in_openvino(model: Path, x_BCHW: np.ndarray[Any, Any]) -> list[Times]:
+    """Return the operators' times of each run in OpenVINO."""
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    times: list[Times] = [collections.defaultdict(float) for _ in range(RUNS)]
+    for run in times:
+        request.infer({0: x_BCHW})
+        for operator in request.get_profiling_info():
+            run[operator.node_type] += 1e3 * operator.real_time.total_seconds()
+    return times
+
+
+def by_kind(runs: list[Times]) -> Times:
+    """Return the times of the fastest run by kind of operator."""
+    fastest = min(runs, key=lambda run: sum(run.values()))
+    kinds = {operator: kind for kind, operators in KINDS.items() for operator in operators}
+    times: Times = collections.defaultdict(float)
+    for operator, ms in fastest.items():
+        times[kinds.get(operator, "other")] += ms
+    return {kind: round(times[kind], 2) for kind in (*KINDS, "other")}
+
+
+def measure() -> dict[str, dict[str, Times]]:
+    """Return the times by engine, network and batch."""
+    import weightnet
+
+    report: dict[str, dict[str, Times]] = {"onnxruntime": {}, "openvino": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (plain_twin(NETWORK), NETWORK):
+            model = Path(folder) / f"{name}.onnx"
+            weightnet.export_model(network_of(name), model)
+            for batch in BATCHES:
+                x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+                for engine, run in (("onnxruntime", in_onnxruntime), ("openvino", in_openvino)):
+                    report[engine][f"{name}|{batch}"] = by_kind(run(model, x_BCHW))
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the times as a table in Markdown."""
+    kinds = [*KINDS, "other"]
+    lines = [f"| engine | network | batch | {' | '.join(kinds)} |", "|---" * (len(kinds) + 3) + "|"]
+    for engine, rows in report["engines"].items():
+        for row, times in rows.items():
+            name, batch = row.split("|")
+            lines.append(f"| {engine} | `{name}` | {batch} | {' | '.join(f'{times[kind]:.3g}' for kind in kinds)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # what the process is started with
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure()))
+        return
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    report = {"command": "python benchmarks/operators.py", "runs": RUNS, "engines": child(__file__, ["--child"], 1)}
+    print(table(report))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
