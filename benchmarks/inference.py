@@ -180,18 +180,45 @@ def child(script: str, arguments: Sequence[str], threads: int) -> Any:
     return json.loads(done.stdout)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Return the figures as tables in Markdown, one for each number of threads."""
-    lines = []
-    for threads, measured in report["threads"].items():
-        lines += [f"On {threads} core{'s' if threads != '1' else ''}, milliseconds a batch (times its plain twin):", ""]
-        lines += [f"| network | batch | {' | '.join(ENGINES)} |", "|---" * (len(ENGINES) + 2) + "|"]
-        for name in report["networks"]:
-            for batch in map(str, BATCHES):
-                cells = [cell(measured, name, engine, batch) for engine in ENGINES]
-                lines.append(f"| `{name}` | {batch} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join([*lines, verdicts(report)])
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Return the figures as tables in Markdown, by title."""
+    return {
+        "against the plain network": against_plain(report),
+        "against the per-sample form": against_per_sample(report),
+        "on one core": engine_table(report, "1"),
+        "on two cores": engine_table(report, "2"),
+    }
+
+
+def engine_table(report: dict[str, Any], threads: str) -> str:
+    """Return all medians on so many cores, in milliseconds a batch, and their ratios to the plain twin's."""
+    measured = report["threads"][threads]
+    lines = [f"| network | batch | {' | '.join(ENGINES)} |", "|---" * (len(ENGINES) + 2) + "|"]
+    for name in report["networks"]:
+        for batch in map(str, BATCHES):
+            cells = [cell(measured, name, engine, batch) for engine in ENGINES]
+            lines.append(f"| `{name}` | {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against_plain(report: dict[str, Any]) -> str:
+    """Return the ratios of every WeightNet network's time to its plain twin's, both in OpenVINO, float32."""
+    points = [(threads, batch) for threads in report["threads"] for batch in map(str, BATCHES)]
+    titles = [f"{threads} core{'s' * (threads != '1')}, batch {batch}" for threads, batch in points]
+    lines = [f"| network | {' | '.join(titles)} |", "|---" * (len(points) + 1) + "|"]
+    for name in report["networks"]:
+        if name != plain_twin(name):
+            ratios = [ratio_to_plain(report["threads"][threads], name, batch) for threads, batch in points]
+            lines.append(f"| `{name}` | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+def ratio_to_plain(measured: dict[str, Any], name: str, batch: str) -> float:
+    """Return how many times the plain twin's time a network takes in OpenVINO."""
+    ms, base = (median(measured, which, "openvino", batch) for which in (name, plain_twin(name)))
+    assert ms is not None
+    assert base is not None
+    return ms / base
 
 
 def cell(measured: dict[str, Any], name: str, engine: str, batch: str) -> str:
@@ -215,10 +242,10 @@ def plain_twin(name: str) -> str:
     return f"{name.split('.')[0]}.plain"
 
 
-def verdicts(report: dict[str, Any]) -> str:
-    """Return how WeightNet in its static form stands to the per-sample form and to the machine's peak, in Markdown."""
+def against_per_sample(report: dict[str, Any]) -> str:
+    """Return how many times as fast as the per-sample form a network is, and which part of the peak it reaches."""
     lines = [
-        "| network | threads | batch | x faster than per-sample | in bfloat16 | bfloat16 x float32 | of the peak |"
+        "| network | cores | batch | times as fast as per-sample | in bfloat16 | bfloat16 to float32 | of the peak |"
     ]
     lines.append("|---" * 7 + "|")
     for name, macs in report["networks"].items():
@@ -237,6 +264,12 @@ def verdicts(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def show(titled: dict[str, str]) -> None:
+    """Print tables under their titles."""
+    for title, table in titled.items():
+        print(f"{title}\n\n{table}\n")
+
+
 def main() -> None:
     """Measure, print the tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,10 +284,10 @@ def main() -> None:
     elif options.memory_in:
         print(json.dumps(peak_memory_mb(Path(options.memory_in[0]), options.memory_in[1])))
     elif options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
     else:
         report = measure_all(options.rounds)
-        print(table(report))
+        show(tables(report))
         if options.out:
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import SIZE_PX, child, network_of, plain_twin
+from inference import SIZE_PX, child, network_of, plain_twin, show
 
 NETWORK = "shufflenet_v2_x1_0"
 BATCHES = (1, 32)
@@ -94,15 +94,15 @@ def measure() -> dict[str, dict[str, Times]]:
     return report
 
 
-def table(report: dict[str, Any]) -> str:
-    """Return the times as a table in Markdown."""
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Return the times as a table in Markdown, by its title."""
     kinds = [*KINDS, "other"]
     lines = [f"| engine | network | batch | {' | '.join(kinds)} |", "|---" * (len(kinds) + 3) + "|"]
     for engine, rows in report["engines"].items():
         for row, times in rows.items():
             name, batch = row.split("|")
             lines.append(f"| {engine} | `{name}` | {batch} | {' | '.join(f'{times[kind]:.3g}' for kind in kinds)} |")
-    return "\n".join(lines)
+    return {"by kind of operator": "\n".join(lines)}
 
 
 def main() -> None:
@@ -116,10 +116,10 @@ def main() -> None:
         print(json.dumps(measure()))
         return
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     report = {"command": "python benchmarks/operators.py", "runs": RUNS, "engines": child(__file__, ["--child"], 1)}
-    print(table(report))
+    show(tables(report))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Write into the README what the program says: the network tables, the embedded model's figures, what a command prints.
+"""Write into the README and docs/benchmark.md what the program says: network tables, figures, what a command prints.
 
     python scripts/update_readme.py
 
@@ -7,8 +7,11 @@ Each stands between a line `<!-- from the program: NAME -->` and the next empty 
 
 import contextlib
 import functools
+import importlib
 import io
+import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from weightnet.zoo.state import variant_name
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+BENCHMARKS, BENCHMARK_PAGE = ROOT / "benchmarks", ROOT / "docs/benchmark.md"
+sys.path.append(str(BENCHMARKS))  # whose scripts are no package
 
 FIGURES = {
     "photos": "validation photos",
@@ -78,6 +83,11 @@ def figure_rows(measured: Mapping[str, Any]) -> dict[str, str]:
     rows = {text: _figure(name, measured[name]) for name, text in FIGURES.items() if name in measured}
     for source, figures in measured.get("sources", {}).items():
         rows[f"top-1, {source}"] = f"{_figure('top1', figures['top1'])} of {_figure('photos', figures['photos'])}"
+    if known := measured.get("known"):
+        rows["photos of other things called unknown"] = f"{known['caught']:.1%} of {known['unknown_photos']:,}"
+        rows["validation photos called unknown"] = (
+            f"{known['lost']:.1%}; {known['lost_right']:.1%} of those named rightly"
+        )
     return rows
 
 
@@ -95,6 +105,13 @@ def default_output() -> str:
     return f"```text\n{written.getvalue().rstrip()}\n```"
 
 
+def benchmark_table(script: str, title: str) -> str:
+    """Return one of the tables that a script of benchmarks/ makes of its results."""
+    report = json.loads((BENCHMARKS / "results" / f"{script}.json").read_text(encoding="utf-8"))
+    made: str = importlib.import_module(script).tables(report)[title]
+    return made
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "first table": lambda: network_table({"x0_5": "", "x1_0": "", "x1_5": "", "x2_0": ""}),
     "second table": lambda: network_table({"x0_5": ".wn8x", "x1_0": ".wn4x", "x1_5": ".wn4x", "x2_0": ".wn4x"}),
@@ -103,16 +120,34 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
+BENCHMARK_PARTS = {
+    f"{script}, {title}": functools.partial(benchmark_table, script, title)
+    for script, title in (
+        ("inference", "against the plain network"),
+        ("operators", "by kind of operator"),
+        ("inference", "against the per-sample form"),
+        ("inference", "on one core"),
+        ("inference", "on two cores"),
+    )
+}
+
+
 def part_pattern(name: str) -> re.Pattern[str]:
     """Return the pattern whose second group is a part's text."""
     return re.compile(rf"(<!-- from the program: {re.escape(name)} -->\n)(.*?)(?=\n\n)", re.DOTALL)
 
 
-if __name__ == "__main__":
-    page = README.read_text(encoding="utf-8")
-    for name, make in PARTS.items():
+def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
+    """Write a page's parts anew."""
+    page = path.read_text(encoding="utf-8")
+    for name, make in parts.items():
         text = make()
         page, found = part_pattern(name).subn(lambda match, text=text: match[1] + text, page)  # type: ignore[misc]
-        assert found == 1, f"README.md must have one part {name!r}"
-    README.write_text(page, encoding="utf-8")
-    print(f"wrote {README}")
+        assert found == 1, f"{path} must have one part {name!r}"
+    path.write_text(page, encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    update(README, PARTS)
+    update(BENCHMARK_PAGE, BENCHMARK_PARTS)

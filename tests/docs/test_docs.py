@@ -206,6 +206,13 @@ def test_network_tables_are_those_of_the_zoo(updater: dict[str, Any]) -> None:
         assert written_in_readme(updater, name) == updater["PARTS"][name]()
 
 
+def test_benchmark_tables_are_those_of_the_results(updater: dict[str, Any]) -> None:
+    page = (ROOT / "docs/benchmark.md").read_text(encoding="utf-8")
+    assert re.findall("<!-- from the program: (.*) -->", page) == list(updater["BENCHMARK_PARTS"])
+    for name, make in updater["BENCHMARK_PARTS"].items():
+        assert updater["part_pattern"](name).search(page)[2] == make()
+
+
 @pytest.mark.parametrize("name", embedded_models())
 def test_embedded_models_figures_are_those_of_its_card(updater: dict[str, Any], name: str) -> None:
     assert written_in_readme(updater, name) == updater["PARTS"][name]()
