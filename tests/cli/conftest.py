@@ -1,5 +1,6 @@
 """A run folder with a small model, and the command line in this process."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from weightnet.images.labels import ClassLabel
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import NetworkSpec
-from weightnet.zoo.cards import Card, write_card
+from weightnet.zoo.cards import Card, read_card, write_card
 
 LABELS = ("cat", "dog", "[red]fox[/red]", "tree", "house")
 
@@ -87,3 +88,12 @@ def weightnet(capsys) -> Callable[..., Outcome]:
         return Outcome(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def telling_folder(run_folder, tmp_path_factory) -> Path:
+    """The run folder's model, with a limit under which it knows nothing of any photo."""
+    folder = tmp_path_factory.mktemp("telling")
+    (folder / "weights.safetensors").symlink_to(run_folder / "weights.safetensors")
+    write_card(dataclasses.replace(read_card(run_folder / "weights.json"), known_from=1.0), folder / "weights.json")
+    return folder

@@ -1,5 +1,6 @@
 """`weightnet classify-many` as a user sees it: exit codes, the line at the end, messages."""
 
+import csv
 import io
 import json
 import sys
@@ -18,6 +19,23 @@ def test_classify_many_counts_at_the_end(classify, photos):
     outcome = classify("a.png", "b.png", "--out", "out")
     assert outcome == (0, "images 2, ok 2, errors 0, partitions 1\n", "")
     assert parquet.read_table("out/part-00000.parquet").column_names == ["path", "status", "error", "top"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_classify_many_says_which_photos_show_none_of_the_classes(weightnet, photos, telling_folder, format):
+    arguments = ("a.png", "sub/broken.jpg", "--model", telling_folder, "--format", format)
+    assert weightnet("classify-many", *arguments, "--out", "out").code == 1
+    path = photos / f"out/part-00000.{format}"
+    if format == "parquet":
+        known = parquet.read_table(path)["known"].to_pylist()
+    elif format == "jsonl":
+        known = [json.loads(line).get("known") for line in path.read_text().splitlines()]
+    else:
+        cells = [row["known"] for row in csv.DictReader(io.StringIO(path.read_text()))]
+        known = [json.loads(cell) if cell else None for cell in cells]
+    assert known == [False, None]
+    weightnet("classify-many", *arguments, "--out", "vectors", "--embeddings")
+    assert b"known" not in (photos / f"vectors/part-00000.{format}").read_bytes()
 
 
 def test_classify_many_with_a_broken_photo_exits_1(classify, photos):

@@ -85,6 +85,11 @@ def test_evaluate_tells_people_the_same(weightnet, labelled, run_folder):
     assert "[red]fox[/red]" in lines[-1]
 
 
+def test_evaluate_counts_what_a_model_that_can_tell_calls_unknown(weightnet, labelled, telling_folder):
+    assert weightnet("evaluate", telling_folder, "data", "--json").rows["unknown"] == 1.0
+    assert "  called unknown     100.00%" in weightnet("evaluate", telling_folder, "data").out.splitlines()
+
+
 def test_evaluate_names_no_worst_class_where_all_is_right(weightnet, labelled, run_folder, png):
     (prediction,) = Classifier(run_folder, device="cpu")(png, k=1)
     for name in ("cat", "Tree"):

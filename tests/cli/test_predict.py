@@ -66,6 +66,23 @@ def test_predict_writes_the_same_in_every_form(weightnet, photos, run_folder):
     assert text[3:6] == [f"  {top['probability']:7.2%}  {top['label']}" for top in rows[1]["top"]]
 
 
+def test_predict_says_of_a_photo_of_none_of_the_classes_that_it_is_unknown(weightnet, photos, telling_folder):
+    arguments = ("predict", "a.png", "sub/broken.jpg", "--model", telling_folder, "-k", 2)
+    good, broken = weightnet(*arguments, "--json").rows
+    assert good["known"] is False
+    assert len(good["top"]) == 2
+    assert "known" not in broken
+    table = list(csv.DictReader(io.StringIO(weightnet(*arguments, "--csv").out)))
+    assert [row["known"] for row in table] == ["false", ""]
+    assert list(table[0])[:5] == ["path", "status", "error", "known", "label1"]
+    assert table[0]["label1"] == good["top"][0]["label"]
+    lines = weightnet(*arguments).out.splitlines()
+    assert lines[:2] == ["a.png", "  nothing I know; nearest:"]
+    assert lines[2:4] == [f"  {top['probability']:7.2%}  {top['label']}" for top in good["top"]]
+    vectors = list(csv.DictReader(io.StringIO(weightnet(*arguments, "--csv", "--embeddings").out)))
+    assert list(vectors[0])[:4] == ["path", "status", "error", "pre_logits1"]
+
+
 def test_predict_names_all_classes_when_asked_for_more(weightnet, photos, run_folder):
     outcome = weightnet("predict", "a.png", "--model", run_folder, "-k", 100, "--csv")
     assert outcome.code == 0
@@ -179,7 +196,9 @@ def test_predict_finds_odd_names_in_a_folder(odd_photos, run_folder, capfdbinary
     assert [row["path"] for row in rows] == [os.path.join(".", name) for name in sorted(names)]
 
 
-def test_predict_on_a_terminal_shows_no_markup_or_control_characters(photos, run_folder, png, monkeypatch):
+def test_predict_on_a_terminal_shows_no_markup_or_control_characters(
+    photos, run_folder, telling_folder, png, monkeypatch
+):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -188,8 +207,12 @@ def test_predict_on_a_terminal_shows_no_markup_or_control_characters(photos, run
     monkeypatch.delenv("NO_COLOR", raising=False)
     (photos / "[bold]\x1b[5m.png").write_bytes(png)
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert main(["predict", "a.png", "--model", str(telling_folder)]) == 0
+    assert "nothing I know; nearest:" in terminal.getvalue()
+    terminal.truncate(0)
     assert main(["predict", "[[]bold*", "sub/broken.jpg", "--model", str(run_folder)]) == 1
     shown = terminal.getvalue()
+    assert "nothing I know" not in shown
     assert "[bold]\\x1b[5m.png" in shown
     assert "[red]fox[/red]" in shown
     assert "error: a photo must be a JPEG" in shown

@@ -333,6 +333,20 @@ def test_prediction_has_exactly_the_documented_fields():
         "top": [{"label": "cat", "index": 281, "probability": 0.5}],
     }
     assert list(prediction.to_dict()) == ["path", "status", "error", "top"]
+    told = dataclasses.replace(prediction, known=False)
+    assert told.to_dict() == {**prediction.to_dict(), "known": False}
+
+
+def test_classifier_tells_photos_of_none_of_its_classes_by_the_cards_limit(classify, tiny_network, tmp_path):
+    photos = [picture(seed) for seed in range(12)]
+    best = [prediction.top[0].probability for prediction in classify(photos)]
+    limit = sorted(best)[6]
+    save_file(tiny_network.state_dict(), tmp_path / "weights.safetensors")
+    write_card(dataclasses.replace(tiny_network.card, known_from=limit), tmp_path / "weights.json")
+    predictions = Classifier(tmp_path, device="cpu", batch_size=4)([*photos, b"not a photo"], k=2)
+    assert [prediction.known for prediction in predictions] == [*(value >= limit for value in best), None]
+    assert {len(prediction.top) for prediction in predictions[:-1]} == {2}, "the classes are named all the same"
+    assert {prediction.known for prediction in classify(photos)} == {None}, "without a limit, nothing is said"
 
 
 def test_prediction_keeps_the_bytes_of_a_path(classify, tmp_path):

@@ -1,5 +1,6 @@
 """The figures of an evaluation against a plain recount."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from weightnet.errors import DataError
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.evaluate import Evaluation, evaluate
 from weightnet.predict.labelled import read_labelled_photos
+from weightnet.predict.metrics import softmax
 
 FOLDERS = {"cat": 7, "dog": 1, "Fox": 12, "house": 5}  # the model knows trees too
 
@@ -90,6 +92,15 @@ def test_evaluation_keeps_photos_and_logits_together(classifier, evaluation):
         np.testing.assert_allclose(evaluation.logits[index], logits, rtol=1e-4, atol=1e-4)
         folder = Path(evaluation.paths[index]).parent.name.lower()
         assert classifier.card.classes[evaluation.labels[index]].label == folder
+
+
+def test_evaluate_counts_the_photos_that_the_model_knows_nothing_of(tiny_network, data, evaluation):
+    sure = softmax(evaluation.logits).max(1)
+    network = copy.copy(tiny_network)
+    network.card = dataclasses.replace(tiny_network.card, known_from=float(np.sort(sure)[9]) - 1e-6)
+    classifier = Classifier(network, device="cpu", batch_size=4)
+    assert evaluate(classifier, read_labelled_photos(data, classifier.card.classes)).to_dict()["unknown"] == 9 / 25
+    assert "unknown" not in evaluation.to_dict()
 
 
 def test_evaluation_is_plain_json(evaluation):

@@ -157,6 +157,9 @@ def test_report_states_the_figures(evaluation):
         "short edge 40 px, area; centre 32 x 32 px",
     ):
         assert expected in text
+    assert "taken for none" not in text
+    told = dataclasses.replace(evaluation, figures={**figures, "unknown": 0.125})
+    assert "taken for none of the model's classes 12.50%" in Page(render_report(told, model="m")).text
 
 
 def test_report_shows_the_photos_that_are_most_wrong(evaluation):

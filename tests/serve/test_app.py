@@ -1,3 +1,4 @@
+import dataclasses
 import struct
 import threading
 import zlib
@@ -6,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from weightnet.predict.classifier import Classifier
+from weightnet.zoo.cards import read_card, write_card
 
-from .conftest import photo
+from .conftest import photo, running
 
 
 def same(row: dict, expected: dict) -> bool:
@@ -39,6 +41,18 @@ def test_photos_of_many_clients_run_together_and_keep_apart(service, run_folder)
     assert [answer.status_code for answer in answers] == [200] * 40
     assert all(same(a.json(), e.to_dict()) for a, e in zip(answers, expected, strict=True))
     assert service.metric("weightnet_batch_photos_count") < service.metric("weightnet_batch_photos_sum")
+
+
+@pytest.mark.parametrize(("known_from", "known"), [(0.0, True), (1.0, False)])
+def test_answer_of_a_model_that_can_tell_says_whether_the_photo_is_known(run_folder, tmp_path, known_from, known):
+    (tmp_path / "weights.safetensors").symlink_to(run_folder / "weights.safetensors")
+    write_card(
+        dataclasses.replace(read_card(run_folder / "weights.json"), known_from=known_from), tmp_path / "weights.json"
+    )
+    with running(tmp_path) as service:
+        row = service.classify(photo()).json()
+        assert (row["known"], len(row["top"])) == (known, 5)
+        assert "known" not in service.classify(b"no photo").json()
 
 
 def bomb(width: int, height: int) -> bytes:

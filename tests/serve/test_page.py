@@ -237,6 +237,26 @@ def test_other_model_is_asked_about_the_photo_on_show(visit, run_folder):
     assert set(made.page.locator("#classes .label").all_inner_texts()) == {"cat", "dog", "fox", "tree", "house"}
 
 
+@pytest.mark.parametrize(
+    ("told", "eyebrow", "scope"),
+    [
+        ({}, "Best guess", "things and names the likeliest of them, even when the photo shows none."),
+        ({"known": True}, "Best guess", "This model knows 112 things."),
+        ({"known": False}, "Nothing I know; nearest", "112 things, and this photo looks like none of them."),
+    ],
+    ids=["cannot tell", "known", "unknown"],
+)
+def test_photo_of_none_of_the_classes_is_called_so(visit, told, eyebrow, scope):
+    made = visit()
+    row = {"path": None, "status": "ok", "error": None, "top": [{"label": "cat", "index": 0, "probability": 0.1}]}
+    made.page.route("**/v1/classify?*", lambda route: route.fulfill(json={**row, **told}))
+    made.drop(("mine.png", "image/png", CAT.read_bytes()))
+    assert made.best() == "cat"
+    assert made.page.text_content("#eyebrow") == eyebrow
+    assert made.page.inner_text("#scope").endswith(scope)
+    assert ("nothing I know" in made.page.text_content("#status")) == (told == {"known": False})
+
+
 def test_pasted_photo_is_named(visit):
     made = visit()
     made.page.evaluate(PASTE, made.files(("image.png", "image/png", CAT.read_bytes())))

@@ -33,6 +33,7 @@ CARD = Card(
     made_by={"command": "weightnet train"},
     terms="CC0",
     notes={"pixels": {"normalised": None}},
+    known_from=0.25,
 )
 
 
@@ -95,6 +96,11 @@ def test_card_of_every_variant_survives_json() -> None:
         (("measured",), [0.5]),
         (("terms",), {}),
         (("weights",), "elsewhere.pkl"),
+        (("known_from",), "0.5"),
+        (("known_from",), True),
+        (("known_from",), 1.01),
+        (("known_from",), -0.01),
+        (("known_from",), math.nan),
     ],
 )
 def test_card_that_lies_is_refused(

@@ -283,6 +283,16 @@ def test_load_with_other_classes_has_a_new_classifier_and_says_so(tensors: Tenso
     torch.testing.assert_close({name: network.state_dict()[name] for name in body}, body, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::weightnet.errors.WeightsWarning")
+def test_load_with_other_sizes_forgets_what_the_trained_network_was_measured_at(tmp_path: Path) -> None:
+    network = load(TINY)
+    (tmp_path / "weights.safetensors").write_bytes(save_safetensors(network.state_dict()))
+    write_card(dataclasses.replace(network.card, measured={"top1": 0.5}, known_from=0.5), tmp_path / "weights.json")
+    assert load(tmp_path).card.known_from == 0.5
+    for changed in (load(tmp_path, num_classes=4), load(tmp_path, in_channels=1)):
+        assert (changed.card.measured, changed.card.known_from) == ({}, None)
+
+
 def test_load_with_the_weights_own_sizes_says_nothing(tensors: Tensors) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -179,10 +179,11 @@ class Worker:
             config.model, engine=config.engine, device=config.device, batch_size=config.batch_size
         )
         self._embeddings, self._k = config.embeddings, config.k
-        network = self._classifier.card.network
-        self.layout = Layout(
-            config.embeddings, network.head_channels if config.embeddings else min(config.k, network.num_classes)
-        )
+        card = self._classifier.card
+        if config.embeddings:
+            self.layout = Layout(embeddings=True, width=card.network.head_channels)
+        else:
+            self.layout = Layout(False, min(config.k, card.network.num_classes), card.known_from)
 
     def rows(self, photos: Iterable[Photo]) -> Iterator[Row]:
         """Yield a row for each photo, in order; photos are read and decoded while the network runs."""

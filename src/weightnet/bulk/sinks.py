@@ -1,7 +1,8 @@
 """Rows out: a partition is one file, written whole or not at all, as Parquet, JSON lines or CSV.
 
 A row has `path`, `status` ("ok" or "error"), `error` and `top`, the classes as parallel lists `labels`, `indices` and
-`probabilities`, best first; or, of an embedding run, `pre_logits` instead of `top`.
+`probabilities`, best first; or, of an embedding run, `pre_logits` instead of `top`. Of a model that can tell, there is
+`known` beside `top`: whether the photo shows one of its classes at all.
 """
 
 import csv
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from weightnet.bulk.tables import import_parquet
-from weightnet.predict.classifier import ClassScore, short_floats
+from weightnet.predict.classifier import ClassScore, is_known, short_floats
 from weightnet.predict.engines import Batch
 from weightnet.zoo.cards import write_atomically
 
@@ -43,10 +44,16 @@ class Layout:
     Args:
         embeddings: whether it is vectors, not classes.
         width: numbers in a vector, or classes in a row.
+        known_from: as the model's card has it; None where rows do not say whether the photo shows a known class.
     """
 
     embeddings: bool
     width: int
+    known_from: float | None = None
+
+    def known(self, answer: Answer) -> bool | None:
+        """Return whether the photo shows a known class, where that can be told."""
+        return is_known(answer, self.known_from) if isinstance(answer, tuple) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,8 @@ def _parquet(rows: Sequence[Row], layout: Layout) -> bytes:
         lists = [("labels", pa.string()), ("indices", pa.int32()), ("probabilities", pa.float64())]
         kind = pa.struct([(name, pa.list_(of)) for name, of in lists])
         columns["top"] = pa.array([_parallel(row.answer) for row in rows], kind)
+    if layout.known_from is not None:
+        columns["known"] = pa.array([layout.known(row.answer) for row in rows], pa.bool_())
     sink = io.BytesIO()
     parquet.write_table(pa.table(columns), sink)
     return sink.getvalue()
@@ -106,6 +115,8 @@ def _jsonl(rows: Iterable[Row], layout: Layout) -> bytes:
             fields["pre_logits"] = short_floats(answer) if isinstance(answer, np.ndarray) else None
         else:
             fields["top"] = _parallel(answer)
+        if (known := layout.known(answer)) is not None:
+            fields["known"] = known
         text.write(json.dumps(fields) + "\n")
     return text.getvalue().encode("ascii")
 
@@ -117,6 +128,9 @@ def _csv(rows: Iterable[Row], layout: Layout) -> bytes:
     table.writerow(["path", "status", "error", *csv_columns(layout)])
     for path, answer in rows:
         cells: list[Any] = []
+        if layout.known_from is not None:
+            known = layout.known(answer)
+            cells.append(None if known is None else json.dumps(known))
         if isinstance(answer, np.ndarray):
             cells += short_floats(answer)
         elif not isinstance(answer, str):
@@ -134,7 +148,8 @@ def csv_columns(layout: Layout) -> list[str]:
     ['label1', 'index1', 'probability1', 'label2', 'index2', 'probability2']
     """
     names = ("pre_logits",) if layout.embeddings else ("label", "index", "probability")
-    return [f"{name}{number}" for number in range(1, layout.width + 1) for name in names]
+    columns = [f"{name}{number}" for number in range(1, layout.width + 1) for name in names]
+    return columns if layout.known_from is None else ["known", *columns]
 
 
 def _parallel(answer: Answer) -> dict[str, list[Any]]:

@@ -48,7 +48,8 @@ def evaluate(
         crop: Height and width of what the network sees, in pixels; left out: the model's own.
         report: Write a page for people: figures, calibration, confusion matrix, worst classes with their photos.
         json: Write one JSON object: `{"images", "unreadable", "top1", "top5", "class_averaged_top1", "loss", "ece",
-            "classes", "confusion", ...}`, fractions of 1.
+            "unknown", "classes", "confusion", ...}`, fractions of 1; `unknown`, the share in which the model sees none
+            of its classes, only of models that can tell.
     """
     _check_report(report)
     results = open_results()
@@ -111,6 +112,7 @@ def _gist(model: str, evaluation: "Evaluation") -> str:
         f"  top-1 by class     {figures['class_averaged_top1']:.2%}",
         f"  cross-entropy      {figures['loss']:.4f}",
         f"  calibration error  {figures['ece']:.4f}",
+        *([f"  called unknown     {figures['unknown']:.2%}"] if "unknown" in figures else []),
         f"  worst classes      {', '.join(f'{r.label} {r.top1:.0%}' for r in worst[:WORST_CLASSES]) or 'none'}",
     ]
     return "\n".join(lines)

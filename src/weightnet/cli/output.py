@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROGRESS_AFTER_S = 2.0
 BAR_WIDTH = 20
+UNKNOWN = "nothing I know; nearest:"  # before the classes of a photo that shows none of the model's
 
 Form = Literal["text", "json", "jsonl", "csv"]
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]  # a flag that is either given or not
@@ -125,18 +126,20 @@ class RowWriter(Protocol):
         ...
 
 
-def open_rows(form: Form, *, columns: int, embeddings: bool = False) -> RowWriter:
+def open_rows(form: Form, *, columns: int, embeddings: bool = False, known: bool = False) -> RowWriter:
     """Return a writer of rows to standard output; each is there as soon as it is written.
 
     Args:
         form: "text" for people, "json" for one array, "jsonl" for one object per line, "csv" for a table.
         columns: how many classes, or numbers of an embedding, a row of the table has room for.
         embeddings: whether the rows are embeddings; not as text.
+        known: whether the table has a column for what the model does not know.
 
     Raises: UsageError where standard output is closed.
     """
     if form == "csv":
-        return _CsvRows(open_results(encoding="utf-8", errors="surrogateescape"), columns, embeddings=embeddings)
+        results = open_results(encoding="utf-8", errors="surrogateescape")
+        return _CsvRows(results, columns, embeddings=embeddings, known=known)
     results = open_results()
     if form == "text":
         return _TerminalRows(results) if results.is_terminal else _TextRows(results)
@@ -163,22 +166,25 @@ class _JsonRows:
 class _CsvRows:
     """path, status, error, then label1, index1, probability1, label2, ...; in UTF-8, paths byte for byte.
 
-    Of embeddings pre_logits1, pre_logits2, ...
+    Of embeddings pre_logits1, pre_logits2, ...; of models that can tell, known before the first label.
     """
 
-    def __init__(self, results: Results, columns: int, *, embeddings: bool) -> None:
+    def __init__(self, results: Results, columns: int, *, embeddings: bool, known: bool) -> None:
         self._results = results
         self._row = io.StringIO()
         self._table = csv.writer(self._row, lineterminator="\r\n")  # both, so that it quotes cells with either
         self._path = printable_path if results.is_terminal else str
         each = ("pre_logits",) if embeddings else ("label", "index", "probability")
-        names = ["path", "status", "error", *(f"{name}{rank}" for rank in range(1, columns + 1) for name in each)]
-        self._columns = len(names)
+        names = ["path", "status", "error", *(["known"] if known else [])]
+        names += [f"{name}{rank}" for rank in range(1, columns + 1) for name in each]
+        self._columns, self._known = len(names), known
         self._write(names)
 
     def write(self, row: "Prediction | Embedding") -> None:
         fields = row.to_dict()
         cells: list[Any] = [self._path(row.path or ""), row.status, row.error]
+        if self._known:
+            cells.append(json.dumps(fields["known"]) if "known" in fields else None)
         for score in fields.get("top", ()):
             cells += score.values()
         cells += fields.get("pre_logits") or ()
@@ -205,6 +211,8 @@ class _TextRows:
         lines = [printable_path(prediction.path or "")]
         if prediction.error is not None:
             lines.append(f"  error: {printable_path(prediction.error)}")
+        if prediction.known is False:
+            lines.append(f"  {UNKNOWN}")
         lines += [f"  {score.probability:7.2%}  {score.label}" for score in prediction.top]
         self._results.write("\n".join(lines) + "\n")
 
@@ -230,6 +238,8 @@ class _TerminalRows:
         if prediction.error is not None:
             self._console.print(Text(f"  error: {printable_path(prediction.error)}", style="red"), soft_wrap=True)
             return
+        if prediction.known is False:
+            self._console.print(Text(f"  {UNKNOWN}", style="yellow"))
         table = Table.grid(padding=(0, 2))
         for score in prediction.top:
             bar = ProgressBar(total=1.0, completed=score.probability, width=BAR_WIDTH)

@@ -51,10 +51,11 @@ def predict(
         embeddings: Write what the network sees in a photo (`pre_logits`: numbers, near for photos that look alike)
             instead of `top`; with `--json`, `--jsonl` or `--csv`.
         json: Write one JSON array, with an object for each photo:
-            `{"path", "status": "ok" | "error", "error", "top": [{"label", "index", "probability"}]}`.
+            `{"path", "status": "ok" | "error", "error", "top": [{"label", "index", "probability"}]}`. Models that can
+            tell add `"known"`: false for a photo of none of their classes.
         jsonl: Write the same objects, one a line.
-        csv: Write a table, a row for each photo: path, status, error, then label1, index1, probability1, label2, and so
-            on.
+        csv: Write a table, a row for each photo: path, status, error, known (of models that can tell), then label1,
+            index1, probability1, label2, and so on.
     """
     form = _form(json=json, jsonl=jsonl, csv=csv)
     if embeddings and form == "text":
@@ -80,7 +81,8 @@ def predict(
     every = itertools.chain([first], photos)
     answers = classifier.embed(every) if embeddings else classifier.stream(every, k=k)
     width = classifier.card.network.head_channels if embeddings else min(k, len(classifier.card.classes))
-    rows = open_rows(form, columns=width, embeddings=embeddings)
+    tells = not embeddings and classifier.card.known_from is not None
+    rows = open_rows(form, columns=width, embeddings=embeddings, known=tells)
     done = failed = 0
     with progress(None if any(map(stands_for_many, paths)) else len(paths)) as advance:
         for answer in answers:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeAlias
 
@@ -47,6 +47,8 @@ class Prediction:
         status: "ok", or "error" for a photo that could not be classified.
         error: what is wrong with the photo; None where the status is "ok".
         top: the most probable classes, best first; equal ones by class number. Empty where the status is "error".
+        known: whether the photo shows one of the model's classes at all; None where the status is "error", or the
+            model's card has no limit to tell by (`Card.known_from`).
 
     Example:
         >>> prediction = Prediction("cat.jpg", "ok", None, (ClassScore("cat", 3, 0.9),))
@@ -58,11 +60,14 @@ class Prediction:
     status: Literal["ok", "error"]
     error: str | None
     top: tuple[ClassScore, ...]
+    known: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for JSON."""
+        """Return the fields as plain data for JSON; `known` only where it is told."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["top"] = [dataclasses.asdict(score) for score in self.top]
+        if self.known is None:
+            del fields["known"]
         return fields
 
 
@@ -254,7 +259,37 @@ class Classifier:
     def _prediction(self, path: str | None, outcome: Outcome, k: int) -> Prediction:
         if isinstance(outcome, str):
             return Prediction(path, "error", outcome, ())
-        return Prediction(path, "ok", None, best_classes(self.card, outcome, k))
+        return make_prediction(self.card, path, outcome, k)
+
+
+def make_prediction(card: Card, path: str | None, logits_K: Batch, k: int) -> Prediction:
+    """Return what a photo's logits say.
+
+    Args:
+        card: of the model that gave the logits.
+        path: of the photo, if it has one.
+        logits_K: one for each of the card's classes.
+        k: how many classes to name; more than there are give all.
+    """
+    top = best_classes(card, logits_K, k)
+    return Prediction(path, "ok", None, top, is_known(top, card.known_from))
+
+
+def is_known(top: Sequence[ClassScore], known_from: float | None) -> bool | None:
+    """Return whether a photo shows one of a model's classes at all, by the probability of the best.
+
+    Args:
+        top: the photo's most probable classes, best first.
+        known_from: the least probability that counts, as the model's card has it; None gives None.
+
+    Example:
+        >>> is_known([ClassScore("cat", 3, 0.2)], 0.25)
+        False
+
+    Source: Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
+    Networks", ICLR 2017.
+    """
+    return None if known_from is None else top[0].probability >= known_from
 
 
 def best_classes(card: Card, logits_K: Batch, k: int) -> tuple[ClassScore, ...]:

@@ -51,7 +51,8 @@ class Evaluation:
         labels: their classes.
         logits: what the network says of each.
         unreadable: path of each photo that could not be classified, and why; they are left out of all figures.
-        figures: as `metrics.summary` gives them.
+        figures: as `metrics.summary` gives them; where the card has a limit, also `unknown`, the share of the photos in
+            which the model sees none of its classes.
         classes: the classes that have a folder, by index.
         reliability: per range of confidence, how often the model is right.
 
@@ -134,6 +135,10 @@ def evaluate(
             f"{photos.root} must hold photos that can be read. Got none among {len(photos)}: {unreadable[0][1]}"
         )
     logits_NC, labels_N = logits_NC[: len(measured)], photos.labels[measured]
+    probabilities_NC = metrics.softmax(logits_NC)
+    figures = metrics.summary(logits_NC, labels_N)
+    if (known_from := classifier.card.known_from) is not None:
+        figures["unknown"] = float(np.mean(probabilities_NC.max(1) < known_from))
     return Evaluation(
         card=classifier.card,
         root=photos.root,
@@ -141,9 +146,9 @@ def evaluate(
         labels=labels_N,
         logits=logits_NC,
         unreadable=tuple(unreadable),
-        figures=metrics.summary(logits_NC, labels_N),
+        figures=figures,
         classes=_class_results(classifier.card, photos, labels_N, logits_NC.argmax(1)),
-        reliability=tuple(metrics.reliability(metrics.softmax(logits_NC), labels_N)),
+        reliability=tuple(metrics.reliability(probabilities_NC, labels_N)),
     )
 
 

@@ -76,6 +76,8 @@ def _figures(evaluation: Evaluation) -> str:
         ("cross-entropy, nats", f"{figures['loss']:.4f}"),
         ("calibration error (ECE, 15 ranges)", f"{figures['ece']:.4f}"),
     ]
+    if "unknown" in figures:
+        rows.append(("taken for none of the model's classes", f"{figures['unknown']:.2%}"))
     return _table((), ((escaped(name), value) for name, value in rows), numbers=(1,))
 
 

@@ -68,6 +68,10 @@ class Row(BaseModel):
     status: Literal["ok", "error"]
     error: str | None
     top: list[Score]
+    known: bool | None = Field(
+        default=None,
+        description="Whether the photo shows one of the model's classes at all; only of models that can tell",
+    )
     heatmap: Map | None = Field(default=None, description="Only where the request asks for it")
 
 

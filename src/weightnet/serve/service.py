@@ -12,7 +12,7 @@ import numpy as np
 from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import read_image
 from weightnet.images.formats import read_header
-from weightnet.predict.classifier import Prediction, best_classes
+from weightnet.predict.classifier import Prediction, make_prediction
 from weightnet.predict.engines import Batch, Engine, open_engine
 from weightnet.predict.exported import CLASS_WEIGHTS, FEATURES, LOGITS
 from weightnet.predict.heatmap import Heatmap, make_heatmap
@@ -149,7 +149,7 @@ class Service:
         if not np.isfinite(outputs[LOGITS]).all():
             raise RefusedError(500, "The network's output must be finite. Got NaN or infinity: its weights are bad.")
         card = model.engine.card
-        prediction = Prediction(photo.path, "ok", None, best_classes(card, outputs[LOGITS], k))
+        prediction = make_prediction(card, photo.path, outputs[LOGITS], k)
         if wanted_map is None or model.class_weights is None:
             return Answer(prediction, None)
         index = prediction.top[0].index if wanted_map == "top" else wanted_map

@@ -31,6 +31,7 @@ _JSON_TYPES: dict[str, type] = {
     "made_by": dict,
     "terms": str,
     "notes": dict,
+    "known_from": float,
 }
 
 
@@ -47,8 +48,11 @@ class Card:
         made_by: how the weights came to be: a command, a commit, a source address.
         terms: the licence of the weights and the terms of the data they come from.
         notes: anything else a user should know, as a mapping of names to values.
+        known_from: the probability that a photo's best class must reach, 0 to 1; below it, the photo shows none of the
+            classes. None where no such limit was set.
 
-    Raises: UsageError where the number of classes is not the network's, or two share a label.
+    Raises: UsageError where the number of classes is not the network's, two share a label, or `known_from` is no
+        probability.
 
     Example:
         >>> card = Card("two", NetworkSpec((48, 96, 192), num_classes=2), (ClassLabel("cat"), ClassLabel("dog")))
@@ -64,6 +68,7 @@ class Card:
     made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     terms: str = ""
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known_from: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.network.num_classes:
@@ -74,6 +79,8 @@ class Card:
         repeated = [label for label, count in Counter(entry.label for entry in self.classes).items() if count > 1]
         if repeated:
             raise UsageError(f"A card's labels must differ. Got {repeated[:10]} more than once. Rename the classes.")
+        if self.known_from is not None and not 0 <= self.known_from <= 1:
+            raise UsageError(f"known_from must be from 0 to 1. Got known_from={self.known_from}. Set it again.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the card as plain data for JSON."""
@@ -91,7 +98,8 @@ class Card:
         """
         _check_names("A model card", fields, required=("name", "network", "classes", "preprocess"), known=_JSON_TYPES)
         for name, value in fields.items():
-            _check_type(f"The card's {name}", value, _JSON_TYPES[name])
+            if (name, value) != ("known_from", None):
+                _check_type(f"The card's {name}", value, _JSON_TYPES[name])
         _check_text("The card's name", fields["name"])
         try:
             return cls(
@@ -245,8 +253,9 @@ def _check_names(what: str, fields: Mapping[str, Any], *, required: Iterable[str
 
 
 def _check_type(what: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = {str: "text", dict: "a JSON object", list: "a list", int: "a whole number"}
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        names = {str: "text", dict: "a JSON object", list: "a list", int: "a whole number", float: "a number"}
         raise WeightsError(f"{what} must be {names[kind]}. Got {str(value)[:80]!r}. Make the card again.")
 
 

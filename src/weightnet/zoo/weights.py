@@ -141,7 +141,7 @@ def _adapt_stem(network: ShuffleNetV2, in_channels: int) -> None:
     stem.weight = nn.Parameter(weight.contiguous())
     stem.in_channels = in_channels
     network.spec = spec
-    network.card = dataclasses.replace(network.card, network=spec, measured={})
+    network.card = dataclasses.replace(network.card, network=spec, measured={}, known_from=None)
     _warn(
         f"The first convolution was adapted from {old} to {in_channels} input channels. "
         f"Pass in_channels={old} to keep it, or train the network."
@@ -151,7 +151,8 @@ def _adapt_stem(network: ShuffleNetV2, in_channels: int) -> None:
 def _new_classifier(network: ShuffleNetV2, num_classes: int) -> None:
     card, old = network.card, network.num_classes
     network.reset_classifier(num_classes)
-    network.card = dataclasses.replace(card, network=network.spec, classes=numbered_classes(num_classes), measured={})
+    classes = numbered_classes(num_classes)
+    network.card = dataclasses.replace(card, network=network.spec, classes=classes, measured={}, known_from=None)
     _warn(
         f"The classifier is new and untrained: {num_classes} classes, where the weights have {old}. "
         f"Train the network, or pass num_classes={old} to keep the classifier."

@@ -176,12 +176,21 @@ function showAnswer() {
   $("best").textContent = best.label;
   $("classes").replaceChildren(...row.top.map(classRow));
   $("timing").textContent = `Answered in ${Math.round(milliseconds)} ms, the way there and back included.`;
-  const { classes } = chosenModel();
-  $("scope").textContent =
-    `This model knows ${classes.toLocaleString("en")} things and names the likeliest of them, ` +
-    "even when the photo shows none.";
-  $("status").textContent = `${current.name}: ${row.top.map((score) => `${score.label} ${share(score)}`).join(", ")}.`;
+  const isUnknown = row.known === false;
+  $("eyebrow").textContent = isUnknown ? "Nothing I know; nearest" : "Best guess";
+  $("scope").textContent = scope(row.known);
+  $("status").textContent =
+    `${current.name}: ${isUnknown ? "nothing I know; nearest " : ""}${row.top.map((score) => `${score.label} ${share(score)}`).join(", ")}.`;
   showHeat();
+}
+
+// What the model knows, and what it says of a photo that shows none of it (`known` is left out where it cannot tell).
+function scope(known) {
+  const things = `${chosenModel().classes.toLocaleString("en")} things`;
+  if (known === undefined) {
+    return `This model knows ${things} and names the likeliest of them, even when the photo shows none.`;
+  }
+  return `This model knows ${things}${known ? "" : ", and this photo looks like none of them"}.`;
 }
 
 function classRow(score) {
