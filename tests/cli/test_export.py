@@ -37,7 +37,7 @@ def test_export_gives_its_report_as_json(weightnet, run_folder, photos, suffix, 
     ("arguments", "message"),
     [
         (["missing", "net.onnx"], "unknown model: "),
-        (["run", "net.tflite"], "usage: The output's suffix must be .onnx or .xml"),
+        (["run", "net.tflite"], "usage: The output's suffix must be one of .onnx, .xml, .pt2, .pte, .mnn. Got"),
         (["run", "no/such/folder/net.onnx"], "usage: The output's folder must exist"),
         (["run", "net.onnx", "--precision", "int8"], "usage: "),
         (["run", "net.onnx", "--outputs", "probabilities"], "usage: "),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import onnxruntime
@@ -12,16 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from weightnet.errors import MissingDependencyError, UnknownModelError, UsageError, WeightsError
+from weightnet.export import files
 from weightnet.export import model as model_module
 from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.nn.fold import fold
 from weightnet.nn.variants import VARIANTS
+from weightnet.predict.engines import open_engine
 from weightnet.predict.exported import OUTPUTS, open_exported
 from weightnet.zoo.cards import read_card, write_card
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
-SUFFIXES = (".onnx", ".xml")
+needs_mnn = pytest.mark.skipif(not find_spec("MNN"), reason="needs MNN")
+SUFFIXES = (".onnx", ".xml", pytest.param(".mnn", marks=needs_mnn))
 SHAPES = ((1, 3, 64, 64), (5, 3, 64, 64), (3, 3, 33, 97))
 
 
@@ -31,8 +35,25 @@ def run(path, x):
         session = onnxruntime.InferenceSession(path)
         names = [value.name for value in session.get_outputs()]
         return dict(zip(names, session.run(None, {"input": x}), strict=True))
+    if path.suffix == ".pt2":
+        return {
+            name: value.detach().numpy() for name, value in torch.export.load(path).module()(torch.tensor(x)).items()
+        }
+    if path.suffix == ".mnn":
+        return run_in_mnn(path, x)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return {value.get_any_name(): array for value, array in compiled({"input": x}).items()}
+
+
+def run_in_mnn(path, x):
+    import MNN.expr
+    import MNN.nn
+
+    photos = MNN.expr.placeholder(list(x.shape), MNN.expr.NCHW, MNN.expr.float)
+    photos.write(x)
+    module = MNN.nn.load_module_from_file(str(path), ["input"], list(OUTPUTS))
+    arrays = [MNN.expr.convert(value, MNN.expr.NCHW).read().copy() for value in module.forward([photos])]
+    return dict(zip(OUTPUTS, arrays, strict=True))
 
 
 @torch.no_grad()
@@ -110,7 +131,7 @@ def test_export_for_bfloat16_computes_in_it_where_the_processor_can(small, make_
     assert_equal(path, network, make_pictures(*SHAPES[1]), tolerance=0.1)
     engine = open_exported(path)
     engine.run(np.zeros((1, 3, 224, 224), np.float32))
-    (compiled,) = engine._compiled.values()
+    (compiled,) = engine._queues.values()
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == ("bf16" if can else "f32")
 
@@ -134,10 +155,17 @@ def test_export_takes_a_network_in_training_and_leaves_it_so(small, make_picture
 
 @pytest.mark.parametrize(
     ("suffix", "precision"),
-    [(".onnx", "fp32"), (".onnx", "fp16"), (".xml", "fp32"), (".xml", "fp16"), (".xml", "bf16")],
+    [
+        (".onnx", "fp32"),
+        (".onnx", "fp16"),
+        (".xml", "fp32"),
+        (".xml", "fp16"),
+        (".xml", "bf16"),
+        pytest.param(".mnn", "fp16", marks=needs_mnn),
+    ],
 )
 def test_export_refuses_to_write_a_file_that_is_wrong(small, tmp_path, monkeypatch, suffix, precision):
-    build_graph = model_module.build_graph
+    build_graph = files.build_graph
 
     def build_wrongly(*args, **options):
         graph = build_graph(*args, **options)
@@ -145,7 +173,7 @@ def test_export_refuses_to_write_a_file_that_is_wrong(small, tmp_path, monkeypat
         bias.raw_data = bytes(len(bias.raw_data))
         return graph
 
-    monkeypatch.setattr(model_module, "build_graph", build_wrongly)
+    monkeypatch.setattr(files, "build_graph", build_wrongly)
     (tmp_path / f"net{suffix}").write_bytes(b"old")
     with pytest.raises(WeightsError, match="nothing was written"):
         export_model(small("r1"), tmp_path / f"net{suffix}", precision=precision)
@@ -220,12 +248,13 @@ def test_export_refuses_the_place_of_another_models_card(small, tmp_path):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("net.pt", {}, r"suffix must be \.onnx or \.xml"),
-        ("net", {}, r"suffix must be \.onnx or \.xml"),
+        ("net.pt", {}, r"suffix must be one of \.onnx"),
+        ("net", {}, r"suffix must be one of \.onnx"),
         ("no/net.onnx", {}, "folder must exist"),
         ("folder.onnx", {}, "must be a file"),
-        ("net.onnx", {"precision": "int8"}, r"precision must be fp32, fp16, bf16\. Got precision='int8'"),
+        ("net.onnx", {"precision": "int8"}, r"precision must be fp32 or fp16 for \.onnx\. Got precision='int8'"),
         ("net.onnx", {"precision": "bf16"}, r"precision must be fp32 or fp16 for \.onnx\. Got precision='bf16'"),
+        ("net.pt2", {"precision": "fp16"}, r"precision must be fp32 for \.pt2\. Got precision='fp16'"),
         (
             "net.onnx",
             {"outputs": ["probabilities"]},
@@ -250,10 +279,48 @@ def test_export_refuses_other_models(tmp_path):
 
 @pytest.mark.parametrize(
     ("suffix", "package", "requirement"),
-    [(".onnx", "onnxruntime", "onnxruntime"), (".xml", "openvino.frontend", r"'weightnet\[openvino\]'")],
+    [
+        (".onnx", "onnxruntime", "onnxruntime"),
+        (".xml", "openvino.frontend", r"'weightnet\[openvino\]'"),
+        (".pte", "executorch", r"'weightnet\[executorch\]'"),
+        (".mnn", "MNN", r"'weightnet\[mnn\]'"),
+    ],
 )
 def test_export_says_which_runtime_is_missing(small, tmp_path, monkeypatch, suffix, package, requirement):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=rf"pip install {requirement}$"):
         export_model(small("plain"), tmp_path / f"net{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["r1 one block", pytest.param("r2 four blocks", marks=pytest.mark.full)])
+def test_export_program_gives_the_networks_numbers(small, make_pictures, tmp_path, name):
+    path = tmp_path / "net.pt2"
+    export_model(small(name), path, outputs=OUTPUTS)
+    for shape in SHAPES:
+        assert_equal(path, small(name), make_pictures(*shape), tolerance=1e-4)
+    engine = open_exported(path)
+    for count in (3, 1, 0):
+        x = np.zeros((count, 3, 64, 40), np.float32)
+        assert [len(engine.run_outputs(x, [name])[name]) for name in OUTPUTS] == [count, count, count, 10]
+    with pytest.raises(UsageError, match=r"photos for a \.pt2 file must be over 32 px\. Got shape=\(1, 3, 32, 40\)"):
+        engine.run(np.zeros((1, 3, 32, 40), np.float32))
+    with pytest.raises(UsageError, match=r"device must be auto or cpu in a \.pt2 file"):
+        open_engine(path, device="cuda")
+
+
+def test_export_program_refuses_a_network_for_photos_of_one_last_pixel(small, tmp_path):
+    network = copy.deepcopy(small("plain"))
+    preprocess = dataclasses.replace(network.card.preprocess, crop=32)
+    network.card = dataclasses.replace(network.card, preprocess=preprocess)
+    with pytest.raises(UsageError, match=r"The crop must be over 32 px for \.pt2\. Got crop=32"):
+        export_model(network, tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_mnn
+def test_export_says_what_mnn_cannot_convert(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CONVERT_MNN", "print('no such operator')")
+    with pytest.raises(WeightsError, match=r"must be one that MNN takes\. Got: no such operator\. Write an \.onnx"):
+        export_model(small("plain"), tmp_path / "net.mnn")
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,20 @@ from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine, OpenVinoEngin
 from weightnet.zoo.cards import embedded_models, read_card, write_card
 
 BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
-WAYS = [(".onnx", "onnxruntime"), (".onnx", "openvino"), (".xml", "openvino")]
+needs_mnn = pytest.mark.skipif(not find_spec("MNN"), reason="needs MNN")
+WAYS = [
+    (".onnx", "onnxruntime"),
+    (".onnx", "openvino"),
+    (".xml", "openvino"),
+    pytest.param(".mnn", "mnn", marks=needs_mnn),
+]
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_network, tmp_path_factory) -> Path:
-    """A folder with the small network as net.onnx, and as net.xml."""
+    """A folder with the small network as net.onnx, net.xml and net.mnn."""
     folder = tmp_path_factory.mktemp("exported")
-    for suffix in (".onnx", ".xml"):
+    for suffix in (".onnx", ".xml", *[".mnn"] * bool(find_spec("MNN"))):
         export_model(tiny_network, folder / f"net{suffix}", outputs=["pre_logits"])
     return folder
 
@@ -185,13 +192,22 @@ def test_run_folder_named_like_a_file_is_a_run_folder(copied, tiny_network, tmp_
     assert type(open_engine(folder)) is TorchEngine
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "openvino", "openvino.frontend"])
-def test_engine_says_how_to_install_a_missing_package(exported, monkeypatch, package):
-    suffix = ".onnx" if package == "onnxruntime" else ".xml"
-    requirement = "onnxruntime" if package == "onnxruntime" else r"'weightnet\[openvino\]'"
+@pytest.mark.parametrize(
+    ("suffix", "package", "requirement"),
+    [
+        (".onnx", "onnxruntime", "onnxruntime"),
+        (".xml", "openvino", r"'weightnet\[openvino\]'"),
+        (".xml", "openvino.frontend", r"'weightnet\[openvino\]'"),
+        (".pt2", "torch", r"'weightnet\[torch\]'"),
+        (".pte", "executorch", r"'weightnet\[executorch\]'"),
+        (".mnn", "MNN", r"'weightnet\[mnn\]'"),
+    ],
+)
+def test_engine_says_how_to_install_a_missing_package(copied, monkeypatch, suffix, package, requirement):
+    (copied / f"net{suffix}").touch()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=rf"needs {package[:8]}.*pip install {requirement}$"):
-        open_engine(exported / f"net{suffix}")
+    with pytest.raises(MissingDependencyError, match=rf"needs \w*{package[-5:]}.*pip install {requirement}$"):
+        open_engine(copied / f"net{suffix}")
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)
@@ -235,10 +251,10 @@ def test_engine_refuses_a_file_that_does_not_fit_together(copied, capfd, engine,
 def test_openvino_engine_says_which_file_could_not_be_compiled(exported, monkeypatch):
     engine = OpenVinoEngine(exported / "net.xml")
 
-    def fail(*_):
+    def fail(*_, alone):
         raise RuntimeError("Check 'size' failed\n\n")
 
-    monkeypatch.setattr(engine, "_compile", fail)
+    monkeypatch.setattr(engine, "_queue", fail)
     with pytest.raises(WeightsError, match=r"Got .*net\.xml: Check 'size' failed\. Export the model again"):
         engine.run(BATCH)
 
@@ -323,12 +339,23 @@ def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_pat
 
 def test_openvino_engine_keeps_the_last_four_shapes(exported):
     engine = OpenVinoEngine(exported / "net.xml")
-    for count in (1, 2, 3, 4, 1, 5):
-        engine.run(BATCH[:count])
-    assert [shape[0] for shape in engine._compiled] == [3, 4, 1, 5]
-    kept = engine._compiled[(3, 3, 32, 32)]
-    engine.run(BATCH[:3])
-    assert engine._compiled[(3, 3, 32, 32)] is kept
+    for size in (32, 33, 34, 35, 32, 36):
+        engine.run(np.zeros((1, 3, size, size), np.float32))
+    assert [shape[2] for shape, _ in engine._queues] == [34, 35, 32, 36]
+    kept = engine._queues[(1, 3, 34, 34), True]
+    engine.run(np.zeros((1, 3, 34, 34), np.float32))
+    assert engine._queues[(1, 3, 34, 34), True] is kept
+
+
+def test_openvino_engine_runs_a_batch_in_pieces_and_in_order(exported):
+    engine = OpenVinoEngine(exported / "net.xml")
+    batch = np.random.default_rng(1).normal(size=(23, 3, 32, 32)).astype(np.float32)
+    one_by_one = [engine.run_outputs(batch[at : at + 1], engine.outputs) for at in range(len(batch))]
+    together = engine.run_outputs(batch, engine.outputs)
+    assert {shape[0] for shape, alone in engine._queues if not alone} == {4, 3}
+    for name in engine.outputs:
+        want = np.concatenate([outputs[name] for outputs in one_by_one])
+        np.testing.assert_allclose(together[name], want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)

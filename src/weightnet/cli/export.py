@@ -1,4 +1,4 @@
-"""`weightnet export`: a model as a file for ONNX Runtime or OpenVINO."""
+"""`weightnet export`: a model as a file for another runtime."""
 
 import json as json_format
 import os
@@ -22,16 +22,18 @@ def export(
     ] = ("logits",),
     json: Switch = False,
 ) -> int:
-    """Write a model as a file for ONNX Runtime (.onnx) or OpenVINO (.xml and .bin), and its card beside it.
+    """Write a model as a file for another runtime, and its card beside it.
 
-    The file is then a model's name for `weightnet predict`. It takes any number of photos at once. Before it is
-    written it is run in its runtime, and must give the network's numbers.
+    The suffix says which: .onnx for ONNX Runtime, .xml (with .bin) for OpenVINO, .pt2 for PyTorch (`torch.export`),
+    .pte for ExecuTorch, .mnn for MNN. The file is then a model's name for `weightnet predict`. It takes any number of
+    photos at once; a .pte file takes them one by one. Before it is written it is run in its runtime, and must give the
+    network's numbers.
 
     Args:
         model: A name of `weightnet models`, a run folder, a weights file, or its address.
-        out: OUT.onnx or OUT.xml; the card is OUT.json.
-        precision: fp16 keeps the weights in half precision, in a file half as large, and computes in single precision;
-            bf16, for .xml, also computes in bfloat16 where the processor has it.
+        out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn; the card is OUT.json.
+        precision: fp16, for .onnx, .xml and .mnn, keeps the weights in half precision, in a file half as large, and
+            computes in single precision; bf16, for .xml, also computes in bfloat16 where the processor has it.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
             class_weights the classifier's weights, by which features become the heat map of a class.
         json: Write a JSON object: `{"path", "bytes", "precision", "outputs", "largest_error", "allowed_error",

@@ -1,4 +1,4 @@
-"""A network as a file for ONNX Runtime or OpenVINO, proven to give the network's numbers before it is written."""
+"""A network as a file for another runtime, proven to give the network's numbers there before it is written."""
 
 import dataclasses
 import importlib.metadata
@@ -10,16 +10,14 @@ from typing import Any
 
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
-from weightnet.export.graph import build_graph
+from weightnet.export.files import PRECISIONS, write_files
 from weightnet.export.parity import TOLERANCE, check_parity
 from weightnet.nn.fold import FoldedShuffleNetV2, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.exported import EXPORTED, LOGITS, OUTPUTS, open_exported, read_openvino
+from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, open_exported
 from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
 from weightnet.zoo.state import variant_name
 from weightnet.zoo.weights import load
-
-PRECISIONS = tuple(TOLERANCE)
 
 
 def export_model(
@@ -30,18 +28,20 @@ def export_model(
     outputs: Sequence[str] = (LOGITS,),
     progress: bool = True,
 ) -> Card:
-    """Write a network, folded, as a file for ONNX Runtime (.onnx) or OpenVINO (.xml and .bin), and its card beside it.
+    """Write a network, folded, as a file for another runtime, and its card beside it.
 
-    The file takes any number of photos of any size from 32 px. Before it is written it is run in its runtime, and its
-    outputs are compared with the network's in double precision. The card lies beside it as OUT.json; with it, the file
-    is a model's name for `Classifier` and `weightnet predict`.
+    The suffix says which: .onnx for ONNX Runtime, .xml (with .bin) for OpenVINO, .pt2 for PyTorch (`torch.export`),
+    .pte for ExecuTorch with XNNPACK, .mnn for MNN. The file takes any number of photos of any size from 32 px; a .pt2
+    file from 33 px, and a .pte file one photo of the card's size. Before it is written it is run in its runtime, and
+    its outputs are compared with the network's in double precision. The card lies beside it as OUT.json; with it, the
+    file is a model's name for `Classifier` and `weightnet predict`.
 
     Args:
         model: a network, folded or not, a name of `list_models()`, a run folder, or a weights file.
-        out: OUT.onnx or OUT.xml.
-        precision: "fp32"; "fp16" for weights kept in half precision, in a file half as large: the numbers computed
-            with them are in single precision all the same; or, for .xml, "bf16": such weights, and numbers computed in
-            bfloat16 where the processor has it.
+        out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn.
+        precision: "fp32"; for .onnx, .xml and .mnn "fp16", for weights kept in half precision, in a file half as
+            large: the numbers computed with them are in single precision all the same; or, for .xml, "bf16": such
+            weights, and numbers computed in bfloat16 where the processor has it.
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
@@ -54,7 +54,7 @@ def export_model(
         UnknownModelError: no model of this name.
         WeightsError: the weights cannot be read, or the file does not give the network's numbers or cannot be written.
         DownloadError: the weights cannot be fetched.
-        MissingDependencyError: onnx or the runtime is not installed.
+        MissingDependencyError: the runtime, or what writes its files, is not installed.
 
     Example:
         >>> import tempfile
@@ -69,11 +69,15 @@ def export_model(
     network, card = _network(model, progress)
     card, exports = _beside(out, card)
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
-        files = _write(network, Path(folder) / out.name, outputs, precision)
+        # MNN 3.6 takes wrong memory for the batched product of the other form.
+        folded = fold(network, form="feature" if out.suffix == ".mnn" else "auto")
+        files = write_files(folded, Path(folder) / out.name, outputs, precision, card.preprocess.crop)
         entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
         card = dataclasses.replace(card, notes={**card.notes, "exports": exports | {out.suffix: entry}})
         write_card(card, card_path(files[-1]))  # from which the engine takes the precision
-        errors = check_parity(network, open_exported(files[-1]), precision=precision)
+        errors = check_parity(
+            network, open_exported(files[-1]), precision=precision, other_size=out.suffix not in FIXED_SIZE
+        )
         runtime = EXPORTED[out.suffix][0]
         entry |= {
             "largest_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
@@ -89,18 +93,17 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
     """Return the outputs that the file will give, in order."""
     if out.suffix not in EXPORTED:
         raise UsageError(
-            f"The output's suffix must be {' or '.join(EXPORTED)}. Got out={out}. "
-            "Use .onnx for ONNX Runtime, .xml for OpenVINO."
+            f"The output's suffix must be one of {', '.join(EXPORTED)}. Got out={out}. Use .onnx for ONNX Runtime, "
+            ".xml for OpenVINO, .pt2 for PyTorch, .pte for ExecuTorch, .mnn for MNN."
         )
     if not out.parent.is_dir():
         raise UsageError(f"The output's folder must exist. Got out={out}. Make the folder {out.parent} first.")
     if out.is_dir():
         raise UsageError(f"The output must be a file. Got the folder out={out}. Add a file name.")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be {', '.join(PRECISIONS)}. Got precision={precision!r}. Choose one of them.")
-    if precision == "bf16" and out.suffix != ".xml":
+    if precision not in PRECISIONS[out.suffix]:
         raise UsageError(
-            f"precision must be fp32 or fp16 for .onnx. Got precision='bf16', out={out}. Write an .xml file."
+            f"precision must be {' or '.join(PRECISIONS[out.suffix])} for {out.suffix}. "
+            f"Got precision={precision!r}, out={out}. Choose another, or write another kind of file."
         )
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or isinstance(outputs, str):
@@ -144,24 +147,6 @@ def _beside(out: Path, card: Card) -> tuple[Card, dict[str, Any]]:
 
 def _without_exports(card: Card) -> Card:
     return dataclasses.replace(card, notes={name: note for name, note in card.notes.items() if name != "exports"})
-
-
-def _write(
-    network: ShuffleNetV2 | FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str
-) -> list[Path]:
-    """Write the exported files and return their paths, last the one by which they are opened."""
-    graph = path.with_suffix(".onnx")
-    half = precision == "fp16"
-    onnx_model = build_graph(fold(network), outputs, half_weights=half and path == graph)
-    graph.write_bytes(onnx_model.SerializeToString())
-    if path == graph:
-        return [graph]
-    converted = read_openvino(graph)
-
-    import openvino
-
-    openvino.save_model(converted, path, compress_to_fp16=precision != "fp32")
-    return [path.with_suffix(".bin"), path]
 
 
 def _publish(files: Sequence[Path], out: Path, card: Card) -> None:

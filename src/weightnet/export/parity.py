@@ -28,16 +28,19 @@ BATCHES = (1, 2, 5)
 LARGER_PX = (32, 64)  # by how much the height and the width of the other size are larger than the card's
 
 
-def check_parity(network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "Engine", *, precision: str) -> dict[str, float]:
+def check_parity(
+    network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "Engine", *, precision: str, other_size: bool = True
+) -> dict[str, float]:
     """Compare every output of an exported file with the network in double precision.
 
-    The batches are 1, 2 and 5 photos of the card's size and 2 of another one: smooth random pictures, prepared as the
-    card says.
+    The batches are 1, 2 and 5 photos of the card's size and, where the file takes it, 2 of another one: smooth random
+    pictures, prepared as the card says.
 
     Args:
         network: what the file was made of.
         engine: what runs the file.
         precision: a key of `TOLERANCE`.
+        other_size: whether the file takes photos of another size.
 
     Returns: the largest error of each output, as a fraction of the output's largest magnitude.
 
@@ -47,7 +50,7 @@ def check_parity(network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "Engine", *
     crop = engine.card.preprocess.crop
     larger = (crop + LARGER_PX[0], crop + LARGER_PX[1])
     worst: dict[str, float] = {}
-    for batches, size in ((BATCHES, (crop, crop)), ((2,), larger)):
+    for batches, size in ((BATCHES, (crop, crop)), ((2,), larger))[: 1 + other_size]:
         x_BCHW = _pictures(engine.card.preprocess, (max(batches), network.spec.in_channels, *size))
         expected = _exact_outputs(exact, x_BCHW)
         for batch in batches:

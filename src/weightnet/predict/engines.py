@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ENGINES = ("auto", "torch", "onnxruntime", "openvino")
+ENGINES = ("auto", "torch", "onnxruntime", "openvino", "executorch", "mnn")
 
 Batch = npt.NDArray[np.float32]
 Model: TypeAlias = "str | os.PathLike[str] | nn.Module"
@@ -74,8 +74,9 @@ def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> 
     Args:
         model: a name of `list_models()`, a run folder, a weights file, an exported file with its card beside it, or a
             network with a card in `.card`, of which a copy is taken.
-        engine: "onnxruntime" or "openvino" for the models inside the package and exported files, "torch" for all but
-            exported files; "auto" takes the first of them that fits.
+        engine: "onnxruntime" or "openvino" for the models inside the package and .onnx files, "openvino" for .xml,
+            "executorch" for .pte, "mnn" for .mnn, "torch" for .pt2 files and all that is not exported; "auto" takes the
+            first of them that fits.
         device: "auto" or "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
 
     Raises:
@@ -89,8 +90,8 @@ def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> 
     Example:
         >>> open_engine("default", engine="tensor")
         Traceback (most recent call last):
-        weightnet.errors.UsageError: engine must be auto, torch, onnxruntime or openvino. Got engine='tensor'. Did you \
-mean torch?
+        weightnet.errors.UsageError: engine must be auto, torch, onnxruntime, openvino, executorch or mnn. Got \
+engine='tensor'. Did you mean torch?
     """
     if engine not in ENGINES:
         hint = nearest(engine, ENGINES) or "Leave it out for the best one here."
@@ -100,15 +101,17 @@ mean torch?
     if engine not in ("auto", *fitting):
         raise UsageError(
             "engine must be one that runs the model: onnxruntime or openvino for models inside the package and .onnx "
-            f"files, openvino for .xml files, torch for all but such files. Got engine={engine!r}, "
-            f"model={_name(model)}. Leave it out, or write a file for it by `weightnet export`."
+            "files, openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 files and what is not "
+            f"exported. Got engine={engine!r}, model={_name(model)}. Leave it out, or write a file for it by "
+            "`weightnet export`."
         )
     if engine == "auto":
         engine = fitting[0] if device in ("auto", "cpu") or "torch" not in fitting else "torch"
-    if exported is None or engine == "torch":
+    if exported is None or (engine == "torch" and exported.suffix != ".pt2"):
         return TorchEngine(model, device=device)
     if device not in ("auto", "cpu"):
-        raise UsageError(f"device must be auto or cpu in {engine}. Got device={device!r}. Leave it out.")
+        place = "a .pt2 file" if engine == "torch" else engine
+        raise UsageError(f"device must be auto or cpu in {place}. Got device={device!r}. Leave it out.")
     return open_exported(exported, engine=engine)
 
 

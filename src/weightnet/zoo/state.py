@@ -189,7 +189,7 @@ def _refuse_network(got: str) -> NoReturn:
 
 
 def _refuse_unknown(data: bytes, path: str | os.PathLike[str]) -> NoReturn:
-    if os.fspath(path).endswith((".onnx", ".xml", ".bin")):
+    if os.fspath(path).endswith((".onnx", ".xml", ".bin", ".pt2", ".pte", ".mnn")):
         raise WeightsError(
             "An exported file has no weights to train or convert. "
             f"Got {os.path.basename(path)}. Give what it was exported from; predict and evaluate take it as it is."

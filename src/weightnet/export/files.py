@@ -1,0 +1,169 @@
+"""From a folded network to the file of each runtime."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weightnet.errors import UsageError, WeightsError
+from weightnet.export.graph import build_graph
+from weightnet.nn.fold import FoldedShuffleNetV2
+from weightnet.predict.exported import (
+    CLASS_WEIGHTS,
+    FEATURES,
+    LOGITS,
+    MIN_SIZE_PX,
+    PRE_LOGITS,
+    missing_runtime,
+    read_openvino,
+)
+
+# The precisions of each kind of file.
+PRECISIONS = {
+    ".onnx": ("fp32", "fp16"),
+    ".xml": ("fp32", "fp16", "bf16"),
+    ".pt2": ("fp32",),
+    ".pte": ("fp32",),
+    ".mnn": ("fp32", "fp16"),
+}
+
+# Not by MNN's own command, which installs a package of its maker to report each use of it.
+_CONVERT_MNN = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+
+
+def write_files(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    """Write a network as the kind of file that the path's suffix says.
+
+    Args:
+        network: a folded network.
+        path: where; others are written beside it.
+        outputs: names from `OUTPUTS`, in the order that the file gives them.
+        precision: one of this suffix's `PRECISIONS`.
+        crop: edge of the photos, in pixels, of which a file of fixed size takes one.
+
+    Returns: the paths of the file, last the one by which it is opened.
+
+    Raises:
+        MissingDependencyError: what writes such a file is not installed.
+        UsageError: this kind of file takes no photos of the size.
+        WeightsError: the network cannot be written so.
+    """
+    return _WRITERS[path.suffix](network, path, outputs, precision, crop)
+
+
+def _write_onnx(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    model = build_graph(network, outputs, half_weights=precision == "fp16")
+    path.write_bytes(model.SerializeToString())
+    return [path]
+
+
+def _write_openvino(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), outputs, "fp32", crop)
+    converted = read_openvino(graph)
+
+    import openvino
+
+    openvino.save_model(converted, path, compress_to_fp16=precision != "fp32")
+    return [path.with_suffix(".bin"), path]
+
+
+def _write_torch(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    if crop <= MIN_SIZE_PX:  # PyTorch takes a last map of one pixel for another network
+        raise UsageError(f"The crop must be over {MIN_SIZE_PX} px for .pt2. Got crop={crop}. Write an .onnx file.")
+    torch.export.save(_program(network, outputs, crop, is_open=True), path)
+    return [path]
+
+
+def _write_executorch(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own use of what will change in PyTorch
+        try:
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+        except ImportError as error:
+            raise missing_runtime("executorch", "'weightnet[executorch]'", error) from error
+        # Its own split fails on what XNNPACK computes, whose pixels lie in another order; its slices do not.
+        table = torch.export.default_decompositions()
+        table[torch.ops.aten.split_with_sizes.default] = _split_by_slices
+        program = _program(network, outputs, crop, is_open=False).run_decompositions(table)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+    return [path]
+
+
+def _write_mnn(
+    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
+) -> list[Path]:
+    if not find_spec("MNN"):
+        raise missing_runtime("MNN", "'weightnet[mnn]'", ModuleNotFoundError("No module named 'MNN'"))
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), outputs, "fp32", crop)
+    # In a process of its own: it writes to standard output, and ends the process where a file is wrong.
+    words = ["-f", "ONNX", "--modelFile", os.fspath(graph), "--MNNModel", os.fspath(path), "--bizCode", "weightnet"]
+    words += ["--fp16"] * (precision == "fp16")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _CONVERT_MNN, *words], capture_output=True, text=True, check=False
+    )
+    if not path.is_file():
+        what = " ".join((done.stdout + done.stderr).split())[-300:]
+        raise WeightsError(f"A network must be one that MNN takes. Got: {what}. Write an .onnx file.")
+    return [path]
+
+
+class _Outputs(nn.Module):
+    """A network that gives some of what it computes of photos, by name."""
+
+    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        features = self.network.forward_features(input)
+        pre_logits = self.network.forward_head(features, pre_logits=True)
+        every = {LOGITS: self.network.classifier(pre_logits), PRE_LOGITS: pre_logits, FEATURES: features}
+        # A constant must be computed of something, or it is no output of its own.
+        every[CLASS_WEIGHTS] = self.network.classifier.weight.clone()
+        return {name: every[name] for name in self.outputs}
+
+
+def _program(
+    network: FoldedShuffleNetV2, outputs: Sequence[str], crop: int, *, is_open: bool
+) -> torch.export.ExportedProgram:
+    """Return what `torch.export` makes of a network: for photos of any number and size, or one of the crop's size."""
+    axis = torch.export.Dim.AUTO
+    sizes = {"input": {0: axis, 2: axis, 3: axis}} if is_open else None
+    photos = torch.zeros(2 if is_open else 1, network.spec.in_channels, crop, crop)  # one would stay one
+    module = _Outputs(copy.deepcopy(network).cpu().float(), outputs)
+    return torch.export.export(module, (photos,), dynamic_shapes=sizes)
+
+
+def _split_by_slices(x: Tensor, sizes: Sequence[int], axis: int = 0) -> list[Tensor]:
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    return [
+        torch.ops.aten.slice.Tensor(x, axis, start, start + size) for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+_WRITERS: dict[str, Callable[[FoldedShuffleNetV2, Path, Sequence[str], str, int], list[Path]]] = {
+    ".onnx": _write_onnx,
+    ".xml": _write_openvino,
+    ".pt2": _write_torch,
+    ".pte": _write_executorch,
+    ".mnn": _write_mnn,
+}
