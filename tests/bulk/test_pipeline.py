@@ -171,6 +171,7 @@ def test_run_refuses_a_folder_with_other_files(bulk, photos, tmp_path):
     (tmp_path / "out/notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds other files"):
         bulk()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,39 @@ def test_run_of_nothing_is_refused(bulk, tmp_path):
     with pytest.raises(UsageError, match="at least one photo"):
         bulk(str(tmp_path / "none"), reports=reports)
     assert reports == [f"{tmp_path / 'none'}: no photo is in this folder."]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (["none"], {}, "at least one photo"),
+        (["photos", "missing.txt"], {}, "must be a readable file"),
+        (["t.parquet"], {"image_column": "picture"}, "image_column must name a column"),
+        (["photos"], {"engine": "torhc"}, "engine must be"),
+        (["s.tar", "photos"], {"device": "cuda:77"}, "device must be"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", ["deep/out", "empty"])
+def test_run_that_is_refused_leaves_nothing(bulk, photos, tmp_path, inputs, options, message, place):
+    for folder in ("none", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "empty/.hidden").touch()
+    shard(tmp_path / "s.tar", {"0.png": png(0)})
+    table(tmp_path / "t.parquet", [png(0)], "binary")
+    with pytest.raises(UsageError, match=message):
+        bulk(*(str(tmp_path / name) for name in inputs), out=str(tmp_path / place), **options)
+    assert not (tmp_path / "deep").exists()
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == [".hidden"]
+    assert bulk(out=str(tmp_path / place)).images == 23, "put right, it runs in the same place"
+
+
+def test_run_that_is_refused_leaves_what_an_earlier_one_made(bulk, photos, tmp_path):
+    bulk()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(UsageError, match="must go on as it began"):
+        bulk(k=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_run_of_an_unknown_model_makes_no_folder(bulk, photos, tmp_path):

@@ -13,6 +13,15 @@ from weightnet.zoo.cards import write_atomically
 FILE = "_run.json"  # readers of Parquet folders pass over names that begin so
 
 
+def check_place(folder: Path) -> None:
+    """Raise UsageError where a folder holds other files than those of a run."""
+    if not (folder / FILE).exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
+        raise UsageError(
+            f"The output folder must be new, empty, or of an earlier run. Got {folder}, which holds other files. "
+            "Name another."
+        )
+
+
 class Manifest:
     """The record of a run: what it is over, and which of its partitions are whole.
 
@@ -37,11 +46,6 @@ class Manifest:
         self._identity = identity
         if (folder / FILE).exists():
             self._read()
-        elif any(not found.name.startswith(".") for found in folder.iterdir()):
-            raise UsageError(
-                f"The output folder must be new, empty, or of an earlier run. Got {folder}, which holds other files. "
-                "Name another."
-            )
         else:
             self._write()
 

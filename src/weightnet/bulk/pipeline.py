@@ -7,6 +7,7 @@ write any of them, and gives the same rows.
 import contextlib
 import dataclasses
 import hashlib
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 import filelock
 
-from weightnet.bulk.manifest import Manifest
+from weightnet.bulk.manifest import Manifest, check_place
 from weightnet.bulk.sinks import FORMATS, Answer, Layout, Partition, Row, write_partition
 from weightnet.bulk.sources import Listing, Photo, Report, list_photos
 from weightnet.bulk.tables import import_parquet
-from weightnet.errors import ImageError, UsageError, nearest
+from weightnet.errors import ImageError, UsageError, WeightNetError, nearest
 from weightnet.predict.classifier import Classifier, best_classes
 from weightnet.zoo.cards import card_path
 from weightnet.zoo.hub import embedded_export, find_weights
@@ -265,11 +266,17 @@ def _identity(config: BulkConfig, listing: Listing, weights: str) -> dict[str, A
 
 @contextlib.contextmanager
 def _hold(folder: Path) -> Iterator[None]:
-    """Hold the folder, made where it is missing, within the block; what a kill left half written goes."""
+    """Hold the folder, made where it is missing, within the block; what a kill left half written goes.
+
+    A run that is refused before its first partition takes back all that it made.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UsageError(f"The output folder must be a folder. Got {folder}, a file. Name another.") from error
+    check_place(folder)
+    before = set(folder.iterdir())
     lock = filelock.FileLock(folder / ".lock", blocking=False)
     try:
         lock.acquire()
@@ -281,8 +288,21 @@ def _hold(folder: Path) -> Iterator[None]:
         for rest in folder.glob(".*.part"):
             rest.unlink(missing_ok=True)
         yield
+    except WeightNetError:
+        if not any(folder.glob("part-*")):
+            _take_back(set(folder.iterdir()) - before, made)
+        raise
     finally:
         lock.release()
+
+
+def _take_back(files: Iterable[Path], folders: Iterable[Path]) -> None:
+    for path in files:
+        with contextlib.suppress(OSError):  # what cannot go stays: the error that is on its way says more
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for place in folders:
+        with contextlib.suppress(OSError):
+            place.rmdir()
 
 
 def _index_folder(folder: Path) -> Path:
