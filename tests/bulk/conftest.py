@@ -12,41 +12,14 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from pyarrow import parquet
-from safetensors.torch import save_file
 
 from weightnet.bulk.pipeline import BulkConfig, Summary, classify_many
-from weightnet.images.labels import ClassLabel
-from weightnet.images.transforms import Preprocess
-from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.nn.variants import NetworkSpec
-from weightnet.zoo.cards import Card, write_card
-
-LABELS = ("cat", "dog", "fox", "tree", "house")
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    """A run folder as training leaves it, whose answers depend on the photo."""
-    folder = tmp_path_factory.mktemp("model")
-    spec = NetworkSpec(
-        (16, 32, 64), M=2, G=2, stage_repeats=(1, 1, 1), stem_channels=8, head_channels=32, num_classes=len(LABELS)
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        network = ShuffleNetV2(spec)
-        photos = torch.nn.functional.interpolate(4 * torch.rand(64, 3, 4, 4) - 2, 32, mode="bicubic")
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        network(photos)  # batch norm statistics, without which every photo looks alike
-        torch.nn.init.normal_(network.eval().classifier[0].weight)
-        network.classifier[0].bias -= network(photos).mean(0)
-        save_file(network.state_dict(), folder / "weights.safetensors")
-    preprocess = Preprocess(resize=40, crop=32, interpolation="area")
-    write_card(Card("tiny", spec, tuple(map(ClassLabel, LABELS)), preprocess), folder / "weights.json")
-    return str(folder)
+def model(make_run) -> str:
+    return str(make_run())
 
 
 def png(seed: int) -> bytes:

@@ -13,34 +13,16 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from weightnet.images.labels import ClassLabel
-from weightnet.images.transforms import Preprocess
-from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.nn.variants import NetworkSpec
 from weightnet.serve.limits import Limits
 from weightnet.serve.server import Server, listen
-from weightnet.zoo.cards import Card, write_card
 
 PATIENCE_S = 30  # a test that waits longer has failed
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory) -> Path:
-    """A run folder as training leaves it."""
-    folder = tmp_path_factory.mktemp("run")
-    spec = NetworkSpec(
-        (16, 32, 64), M=2, G=2, stage_repeats=(1, 1, 1), stem_channels=8, head_channels=32, num_classes=5
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(ShuffleNetV2(spec).state_dict(), folder / "weights.safetensors")
-    classes = tuple(ClassLabel(label) for label in ("cat", "dog", "fox", "tree", "house"))
-    preprocess = Preprocess(resize=40, crop=32, interpolation="area")
-    write_card(Card("tiny", spec, classes, preprocess, measured={"top1": 0.25}), folder / "weights.json")
-    return folder
+def run_folder(make_run) -> Path:
+    return make_run(measured={"top1": 0.25})
 
 
 def photo(seed: int = 0, suffix: str = ".png", size: tuple[int, int] = (60, 48)) -> bytes:

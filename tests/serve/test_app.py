@@ -1,4 +1,3 @@
-import dataclasses
 import struct
 import threading
 import zlib
@@ -7,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from weightnet.predict.classifier import Classifier
-from weightnet.zoo.cards import read_card, write_card
 
 from .conftest import photo, running
 
@@ -44,12 +42,8 @@ def test_photos_of_many_clients_run_together_and_keep_apart(service, run_folder)
 
 
 @pytest.mark.parametrize(("known_from", "known"), [(0.0, True), (1.0, False)])
-def test_answer_of_a_model_that_can_tell_says_whether_the_photo_is_known(run_folder, tmp_path, known_from, known):
-    (tmp_path / "weights.safetensors").symlink_to(run_folder / "weights.safetensors")
-    write_card(
-        dataclasses.replace(read_card(run_folder / "weights.json"), known_from=known_from), tmp_path / "weights.json"
-    )
-    with running(tmp_path) as service:
+def test_answer_of_a_model_that_can_tell_says_whether_the_photo_is_known(make_run, known_from, known):
+    with running(make_run(known_from=known_from)) as service:
         row = service.classify(photo()).json()
         assert (row["known"], len(row["top"])) == (known, 5)
         assert "known" not in service.classify(b"no photo").json()
