@@ -8,7 +8,8 @@
         --command "weightnet train --config configs/imagenette.yaml --data data/imagenette --out runs/imagenette"
 
 The figures are those of the weights as they ship, measured by `weightnet.Classifier` on the validation photos. DATA is
-a folder of photos by class, or Everyday-112 as `scripts/build_everyday112.py` makes it, whose tables say more.
+a folder of photos by class, or Everyday-112 as `scripts/build_everyday112.py` makes it, whose tables say more. What the
+model does not know is still to be set then, by `scripts/set_known.py`.
 
 Of Everyday-112, `top1` and its like are strict: one class is right for each photo. A photo of Imagenette's English
 springer or Caltech-101's dalmatian shows what the class dog shows too, and one of Caltech-101's wild cat may show a
@@ -113,18 +114,16 @@ def classify(weights: bytes, card: Card, photos: Photos) -> Probabilities:
     Raises:
         DataError: a photo cannot be read.
     """
-    probabilities_NC = np.empty((len(photos.paths), len(card.classes)))
+    logits_NC = np.empty((len(photos.paths), len(card.classes)))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.safetensors")
         model.write_bytes(weights)
         write_card(card, model.with_suffix(".json"))
-        rows = Classifier(model).stream(photos.paths, k=len(card.classes))
-        for index, row in enumerate(rows):
-            if row.status != "ok":
-                raise DataError(f"Every validation photo must be readable. Got {row.path}: {row.error}")
-            for score in row.top:
-                probabilities_NC[index, score.index] = score.probability
-    return probabilities_NC
+        for index, (path, outcome) in enumerate(Classifier(model).stream_logits(photos.paths)):
+            if isinstance(outcome, str):
+                raise DataError(f"Every validation photo must be readable. Got {path}: {outcome}")
+            logits_NC[index] = outcome
+    return metrics.softmax(logits_NC)
 
 
 def measure(probabilities_NC: Probabilities, photos: Photos, classes: list[ClassLabel]) -> dict[str, Any]:
