@@ -4,6 +4,10 @@ import csv
 import dataclasses
 import functools
 import importlib.resources
+import os
+from typing import Any
+
+from weightnet.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +42,18 @@ def imagenet_classes() -> tuple[ClassLabel, ...]:
     table = importlib.resources.files("weightnet.images") / "imagenet_classes.csv"
     rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     return tuple(ClassLabel(row["label"], row["wnid"], index) for index, row in enumerate(rows))
+
+
+def read_class_table(path: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and the rows of a table of classes in CSV; what it needs to have is the caller's to check.
+
+    Raises:
+        DataError: it is no such table.
+        OSError: it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} must be a table in CSV and UTF-8. Got: {error}. Save it so, or remove it.") from error

@@ -11,7 +11,6 @@ Where `classes.csv` (columns `folder`, and `label`, `wnid` or both) has a row fo
 label take the place of the folder's name. Several folders may stand for one class.
 """
 
-import csv
 import dataclasses
 import os
 import re
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightnet.errors import DataError, nearest
-from weightnet.images.labels import ClassLabel, imagenet_classes
+from weightnet.images.labels import ClassLabel, imagenet_classes, read_class_table
 from weightnet.predict.inputs import find_images
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -122,12 +121,7 @@ def _subfolders(folder: str) -> list[str]:
 
 def _read_table(path: str) -> dict[str, ClassLabel]:
     """Return what classes.csv says of each folder; an empty label where it gives the WordNet id alone."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} must be a table in CSV and UTF-8. Got: {error}. Save it so, or remove it.") from error
+    columns, rows = read_class_table(path)
     if "folder" not in columns or not {"label", "wnid"} & set(columns):
         raise DataError(
             f"{path} must have the columns folder and label (or wnid), between commas. Got columns={columns[:5]}. "

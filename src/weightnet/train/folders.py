@@ -4,7 +4,6 @@ Class names are the folder names, or the rows of an optional `classes.csv` besid
 imagenet_index), whose order is then that of the classes. Names that begin with a dot are passed over.
 """
 
-import csv
 import dataclasses
 import hashlib
 import os
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from weightnet.errors import DataError
 from weightnet.images.decode import IMAGE_SUFFIXES
-from weightnet.images.labels import ClassLabel, imagenet_classes
+from weightnet.images.labels import ClassLabel, imagenet_classes, read_class_table
 
 MAX_LABEL_LENGTH = 200  # what a model card takes
 
@@ -135,12 +134,7 @@ def read_table(table: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
 
     Raises: DataError where it is not a table, or lacks a column that is needed.
     """
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} must be a table in CSV and UTF-8. Got: {error}. Save it so, or remove it.") from error
+    columns, rows = read_class_table(table)
     if not set(needed) <= set(columns):
         raise DataError(
             f"{table} must have the columns {' and '.join(needed)}, between commas. Got columns={_few(columns)}. "
