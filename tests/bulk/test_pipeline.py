@@ -229,6 +229,12 @@ def test_run_that_is_refused_leaves_nothing(bulk, photos, tmp_path, inputs, opti
     assert bulk(out=str(tmp_path / place)).images == 23, "put right, it runs in the same place"
 
 
+def test_run_over_a_folder_passes_over_what_runs_wrote_there(bulk, photos, tmp_path):
+    bulk(out=str(photos / "answers"))
+    assert bulk(out=str(photos / "others")).images == 23
+    assert bulk(str(photos / "**"), out=str(tmp_path / "out"), format="jsonl").images == 23
+
+
 def test_run_that_is_refused_leaves_what_an_earlier_one_made(bulk, photos, tmp_path):
     bulk()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
+from weightnet.bulk.manifest import FILE as MANIFEST
 from weightnet.bulk.tables import ParquetPhotos
 from weightnet.errors import DataError, ImageError, UsageError
 from weightnet.images.decode import IMAGE_SUFFIXES
@@ -180,7 +181,7 @@ def list_photos(
 ) -> Listing:
     """Return the photos that inputs stand for, in a fixed order.
 
-    - A folder: its photos, tar shards and Parquet files and those of its subfolders, by name.
+    - A folder: its photos, tar shards and Parquet files and those of its subfolders, by name; not what runs wrote.
     - A pattern with `*`, `?`, `[...]` or `**`: the files that it matches.
     - `LIST.txt`, or `-` for standard input: the files that it names, one on each line.
     - `SHARD.tar`: the photos in a tar file; `TABLE.parquet`: those of a column of a Parquet file.
@@ -246,8 +247,9 @@ class _Lister:
         self.parts[-1].add(path)  # type: ignore[union-attr]
 
     def add_found(self, path: str) -> None:
-        """Add the photos of one file that a folder or pattern led to."""
-        if self._left_out is None or not os.path.realpath(path).startswith(self._left_out):
+        """Add the photos of one file that a folder or pattern led to, unless it is what a run wrote."""
+        is_own = self._left_out is not None and os.path.realpath(path).startswith(self._left_out)
+        if not is_own and not os.path.exists(os.path.join(os.path.dirname(path), MANIFEST)):
             self.add(path)
 
     def add_list(self, file: BinaryIO) -> None:
