@@ -1,0 +1,304 @@
+"""Find what 8-bit integers bring: networks quantised after training, in OpenVINO and ONNX Runtime, and why.
+
+    python benchmarks/int8.py [--photos MODEL DATA]... [--rounds N] [--out benchmarks/results/int8.json]
+    python benchmarks/int8.py --table benchmarks/results/int8.json
+
+Speed: networks at 224 px with new weights and batch norms calibrated on noise, and their plain twins; on one processor
+core and on two, all take turns, one run each a round. What stays in floating point is computed in bfloat16 where the
+processor has it, except in `int8, rest float32`. The graphs that are tried:
+
+    int8                     quantised once, where a feature map is made, before it is cut and joined; gains on outputs
+    int8, at each input      quantised where a convolution takes it, after cutting and joining
+    int8, late gain          as int8, with a depthwise layer's gain after it, on the input of the next, not before it
+    int8, placed by NNCF     by `nncf.quantize`, gates and gains left out; where NNCF is installed
+    onnxruntime int8         by `onnxruntime.quantization`, convolutions only; `all` with gains, sums and joints too
+
+Accuracy: DATA has `train/` and `val/`. 256 training photos calibrate, 1,000 others decide how much of the tails is cut
+off, and the validation photos are measured once, with that. Without --photos, what FILE of --out had is kept.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from inference import BATCHES, SIZE_PX, THREADS, has_bfloat16, network_of, plain_twin
+from int8_graphs import Photos, placed_by_nncf, places_at_inputs, places_where_made, quantised
+
+NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
+STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
+PROFILED_BATCH = 8
+CALIBRATED, CHOSEN_ON = 256, 1000  # photos
+TAILS = (0.0, 1e-5, 1e-4, 1e-3)  # shares of the values at each end that may be cut off
+
+Run = Callable[[Any], Any]
+
+
+def graph_of(network: Any, folder: Path, *, late_gain: bool = False) -> tuple[Any, Path]:
+    """Return the graph of a network's folded form for OpenVINO, and its file."""
+    import openvino
+
+    import weightnet
+    from weightnet.export.graph import build_graph
+    from weightnet.nn.folded_layers import GainDepthwise
+
+    folded = weightnet.fold(network)
+    for stage in folded.stages if late_gain else ():
+        for block in stage.blocks:  # type: ignore[union-attr]
+            block.early_gain = False
+            block.conv2 = GainDepthwise(block.conv2.weight, block.conv2.bias, stride=block.conv2.stride)
+    file = folder / "graph.onnx"
+    file.write_bytes(build_graph(folded, ["logits"]).SerializeToString())
+    return openvino.Core().read_model(file), file
+
+
+def compiled_for(model: Any, shape: tuple[int, ...], precision: str, *, profiled: bool = False) -> Any:
+    """Return a request that runs a graph on batches of one shape."""
+    import openvino
+
+    model = model.clone()
+    model.reshape({"input": list(shape)})
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": profiled}
+    return openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+
+
+def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
+    """Return a network's graphs, and in what precision their floating point is computed."""
+    noise = np.random.default_rng(1).standard_normal((8, 3, SIZE_PX, SIZE_PX), np.float32)
+    network = network_of(name)
+    model, _ = graph_of(network, folder)
+    low = "bf16" if has_bfloat16() else "f32"
+    int8 = quantised(model, places_where_made, noise)
+    variants = {"float32": (model, "f32"), "bfloat16": (model, low), "int8": (int8, low)}
+    if plain_twin(STUDIED) != plain_twin(name):
+        return variants
+    variants["int8, rest float32"] = (int8, "f32")
+    variants["int8, at each input"] = (quantised(model, places_at_inputs, noise), low)
+    if name == STUDIED:
+        late, _ = graph_of(network, folder, late_gain=True)
+        variants["int8, late gain"] = (quantised(late, places_where_made, noise), low)
+    by_nncf = placed_by_nncf(model, noise)
+    return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
+
+
+def onnxruntime_variants(name: str, folder: Path) -> dict[str, Run]:
+    """Return ways to run a network in ONNX Runtime."""
+    import onnxruntime
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            noise = np.random.default_rng(1).standard_normal((4, 1, 3, SIZE_PX, SIZE_PX), np.float32)
+            self.batches = iter([{"input": photo} for photo in noise])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    _, file = graph_of(network_of(name), folder)
+    prepared = folder / "prepared.onnx"
+    quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    files = {"onnxruntime float32": file}
+    everything = ["Conv", "Mul", "Add", "Concat", "Split", "Slice", "MaxPool", "Relu"]
+    kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
+    for variant, operators in (("onnxruntime int8", ["Conv"]), ("onnxruntime int8, all", everything)):
+        files[variant] = folder / f"{variant}.onnx"
+        options = {"per_channel": True, "op_types_to_quantize": operators, **kinds}
+        quantization.quantize_static(prepared, files[variant], Reader(), **options)
+    runs: dict[str, Run] = {}
+    for variant, path in files.items():
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        runs[variant] = lambda x, session=session: session.run(None, {"input": x})  # type: ignore[misc]
+    return runs
+
+
+def measure_speed(rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of every network and graph in this process, and where they go."""
+    figures: dict[str, Any] = {"ms_quartiles": {}, "profiles": {}}
+    names = [twin for name in NETWORKS for twin in (name, plain_twin(name))]
+    with tempfile.TemporaryDirectory() as folder:
+        variants = {name: variants_of(name, Path(folder)) for name in names}
+        others = {name: onnxruntime_variants(name, Path(folder)) for name in (STUDIED, plain_twin(STUDIED))}
+        for batch in BATCHES:
+            x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+            runs: dict[str, Run] = {}
+            for name in names:
+                for variant, (model, precision) in variants[name].items():
+                    runs[f"{name}|{variant}"] = compiled_for(model, x_BCHW.shape, precision).infer
+                for variant, run in others.get(name, {}).items():
+                    runs[f"{name}|{variant}"] = run
+            figures["ms_quartiles"][str(batch)] = by_turns(runs, x_BCHW, rounds)
+            print(f"  batch {batch} done", file=sys.stderr, flush=True)
+    x_BCHW = np.random.default_rng(0).standard_normal((PROFILED_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
+    for name in (STUDIED, plain_twin(STUDIED)):
+        for variant, (model, precision) in variants[name].items():
+            figures["profiles"][f"{name}|{variant}"] = profile(model, precision, x_BCHW)
+    return figures
+
+
+def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, list[float]]:
+    """Return the quartiles of what each run takes, in milliseconds, one run each a round."""
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    for number in range(rounds + 2):
+        for key, run in runs.items():
+            begun_at = time.perf_counter()
+            run([x_BCHW] if "onnxruntime" not in key else x_BCHW)
+            if number > 1:  # the first two warm up
+                times[key].append(1e3 * (time.perf_counter() - begun_at))
+    return {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in times.items()}
+
+
+def profile(model: Any, precision: str, x_BCHW: Photos) -> dict[str, list[float]]:
+    """Return how many steps of each kind a graph has in OpenVINO, and the milliseconds that they take together."""
+    request = compiled_for(model, x_BCHW.shape, precision, profiled=True)
+    steps: dict[str, tuple[str, list[float]]] = {}
+    for _ in range(12):
+        request.infer([x_BCHW])
+        for step in request.get_profiling_info():
+            if step.real_time.total_seconds():
+                kind = f"{step.node_type} {step.exec_type.rsplit('_', 1)[-1]}"
+                steps.setdefault(step.node_name, (kind, []))[1].append(1e3 * step.real_time.total_seconds())
+    kinds: dict[str, list[float]] = {}
+    for kind, ms in steps.values():
+        count, total = kinds.get(kind, [0, 0.0])
+        kinds[kind] = [count + 1, round(total + statistics.median(ms), 4)]
+    return dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
+
+
+def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
+    """Return the share of validation photos that a model gets right, in percent, before and after quantisation."""
+    import weightnet
+
+    network = weightnet.load(model_name, pretrained=True).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = graph_of(network, Path(folder))
+    photos, labels = photos_of(network.card, data / "train", CALIBRATED + CHOSEN_ON)
+    calibration, chosen_on = photos[:CALIBRATED], (photos[CALIBRATED:], labels[CALIBRATED:])
+    low = "bf16" if has_bfloat16() else "f32"
+    graphs = {tail: quantised(model, places_where_made, calibration, tail=tail) for tail in TAILS}
+    choice = {tail: top1(graph, low, *chosen_on) for tail, graph in graphs.items()}
+    tail = max(TAILS, key=lambda tail: choice[tail])
+    photos, labels = photos_of(network.card, data / "val", None)
+    at_inputs = quantised(model, places_at_inputs, calibration, tail=tail)
+    variants = {
+        "float32": (model, "f32"),
+        "bfloat16": (model, low),
+        "int8": (graphs[tail], low),
+        "int8, rest float32": (graphs[tail], "f32"),
+        "int8, at each input": (at_inputs, low),
+    }
+    return {
+        "photos": len(labels),
+        "tail": tail,
+        "train_top1_by_tail": {"float32": top1(model, "f32", *chosen_on), **{str(t): choice[t] for t in TAILS}},
+        "top1": {variant: top1(graph, precision, photos, labels) for variant, (graph, precision) in variants.items()},
+    }
+
+
+def photos_of(card: Any, data: Path, count: int | None) -> tuple[Photos, Any]:
+    """Return photos of a folder, prepared, and their labels: all, or some that are drawn."""
+    from weightnet.images.decode import read_image
+    from weightnet.predict.labelled import read_labelled_photos
+
+    found = read_labelled_photos(data, card.classes)
+    drawn = np.random.default_rng(0).permutation(len(found))[:count]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        photos = list(threads.map(lambda number: card.preprocess(read_image(found.paths[number])), drawn))
+    return np.stack(photos), found.labels[drawn]
+
+
+def top1(model: Any, precision: str, photos: Photos, labels: Any) -> float:
+    """Return the share of photos that a graph gets right, in percent."""
+    batch, right = 32, 0
+    request = compiled_for(model, (batch, *photos.shape[1:]), precision)
+    for start in range(0, len(photos), batch):
+        x_BCHW = photos[start : start + batch]
+        padded = np.concatenate([x_BCHW, np.zeros((batch - len(x_BCHW), *x_BCHW.shape[1:]), np.float32)])
+        logits = next(iter(request.infer([padded]).values()))[: len(x_BCHW)]
+        right += int((logits.argmax(1) == labels[start : start + batch]).sum())
+    return round(100 * right / len(labels), 2)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as tables in Markdown."""
+    lines = ["| model | photos | " + " | ".join(next(iter(report["accuracy"].values()), {"top1": {}})["top1"]) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for model, figures in report["accuracy"].items():
+        lines.append(f"| {model} | {figures['photos']} | {' | '.join(map(str, figures['top1'].values()))} |")
+    for threads, measured in report["threads"].items():
+        cores = f"{threads} core{'s' if threads != '1' else ''}"
+        columns = [f"batch {batch}" for batch in measured["ms_quartiles"]]
+        lines += ["", f"On {cores}, milliseconds a batch (times faster than bfloat16 in OpenVINO):", ""]
+        lines += [f"| network | graph | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+        for key in next(iter(measured["ms_quartiles"].values())):
+            name, variant = key.split("|")
+            cells = []
+            for quartiles in measured["ms_quartiles"].values():
+                ms, base = quartiles[key][1], quartiles[f"{name}|bfloat16"][1]
+                cells.append(f"{ms:.3g} ({base / ms:.2f})")
+            lines.append(f"| `{name}` | {variant} | {' | '.join(cells)} |")
+    lines += ["", f"Where the time goes, batch {PROFILED_BATCH}, one core, milliseconds (steps):", ""]
+    for key, kinds in report["threads"]["1"]["profiles"].items():
+        steps = ", ".join(f"{kind} {ms:.2f} ({count:.0f})" for kind, (count, ms) in list(kinds.items())[:9])
+        lines.append(f"- `{key.split('|')[0]}`, {key.split('|')[1]}: {steps}")
+    return "\n".join(lines)
+
+
+def measured_on(threads: int, rounds: int) -> Any:
+    """Return what a process measures that is held to so many cores."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    done = subprocess.run(
+        [sys.executable, __file__, "--rounds", str(rounds), "--measure"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    return json.loads(done.stdout.splitlines()[-1])  # NNCF writes to standard output too
+
+
+def main() -> None:
+    """Measure, print the tables and write the figures."""
+    import openvino
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", nargs=2, action="append", default=[], metavar=("MODEL", "DATA"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    if options.measure:
+        print(json.dumps(measure_speed(options.rounds)))
+        return
+    accuracy = {Path(model).name: measure_accuracy(model, Path(data)) for model, data in options.photos}
+    if options.out and options.out.exists() and not accuracy:
+        accuracy = json.loads(options.out.read_text(encoding="utf-8"))["accuracy"]
+    report = {
+        "command": f"python benchmarks/int8.py --rounds {options.rounds}",
+        "size_px": SIZE_PX,
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "bfloat16": has_bfloat16(),
+        "openvino": openvino.__version__,
+        "accuracy": accuracy,
+        "threads": {str(threads): measured_on(threads, options.rounds) for threads in THREADS},
+    }
+    print(table(report))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
