@@ -33,6 +33,15 @@ def test_export_gives_its_report_as_json(weightnet, run_folder, photos, suffix, 
     assert report["bytes"] == sum((photos / name).stat().st_size for name in files)
 
 
+def test_export_puts_the_preprocessing_inside(weightnet, run_folder, photos):
+    report = weightnet("export", run_folder, "net.onnx", "--preprocessing", "--json").rows
+    assert report["outputs"] == ["logits", "probabilities"]
+    assert report["preprocessing"]["channel_order"] == "BGR"
+    rows = weightnet("predict", "a.png", "--model", "net.onnx", "--json").rows
+    expected = weightnet("predict", "a.png", "--model", run_folder, "--json").rows
+    assert rows[0]["top"][0]["probability"] == pytest.approx(expected[0]["top"][0]["probability"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,6 +20,7 @@ def export(
         tuple[Literal["logits", "pre_logits", "features", "class_weights"], ...],
         Parameter(consume_multiple=True, negative="", show_default=False),
     ] = ("logits",),
+    preprocessing: Switch = False,
     json: Switch = False,
 ) -> int:
     """Write a model as a file for another runtime, and its card beside it.
@@ -36,14 +37,16 @@ def export(
             computes in single precision; bf16, for .xml, also computes in bfloat16 where the processor has it.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
             class_weights the classifier's weights, by which features become the heat map of a class.
+        preprocessing: Put the preprocessing, but for resize and crop, into an .onnx or .xml file: it takes photos
+            (B, H, W, 3), uint8, in the order blue, green, red, and gives their probabilities too.
         json: Write a JSON object: `{"path", "bytes", "precision", "outputs", "largest_error", "allowed_error",
-            "checked_in", "exporter"}`.
+            "checked_in", "exporter"}`, and "preprocessing" where it is inside.
     """
     with needs_torch("`weightnet export`", extra="export"):
         from weightnet.export.model import export_model
 
     results = open_results()
-    card = export_model(model, out, precision=precision, outputs=outputs)
+    card = export_model(model, out, precision=precision, outputs=outputs, preprocessing=preprocessing)
     files = [out, f"{os.path.splitext(out)[0]}.bin"][: 2 if out.endswith(".xml") else 1]
     entry = card.notes["exports"][os.path.splitext(out)[1]]
     report = {"path": out, "bytes": sum(map(os.path.getsize, files)), **entry}

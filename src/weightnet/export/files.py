@@ -1,6 +1,7 @@
 """From a folded network to the file of each runtime."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from weightnet.errors import UsageError, WeightsError
 from weightnet.export.graph import build_graph
+from weightnet.export.preprocessing import add_preprocessing
+from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.predict.exported import (
     CLASS_WEIGHTS,
@@ -34,21 +37,36 @@ PRECISIONS = {
     ".mnn": ("fp32", "fp16"),
 }
 
+PREPROCESSING = (".onnx", ".xml")  # what may have it inside
+
 # Not by MNN's own command, which installs a package of its maker to report each use of it.
 _CONVERT_MNN = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
-def write_files(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a file is to hold.
+
+    Args:
+        outputs: names from `OUTPUTS`, in the order that the file gives them.
+        precision: one of its suffix's `PRECISIONS`.
+        crop: edge of the photos, in pixels, of which a file of fixed size takes one.
+        preprocess: the network's own, where it goes into the file; of `PREPROCESSING` alone.
+    """
+
+    outputs: Sequence[str]
+    precision: str
+    crop: int
+    preprocess: Preprocess | None = None
+
+
+def write_files(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     """Write a network as the kind of file that the path's suffix says.
 
     Args:
         network: a folded network.
         path: where; others are written beside it.
-        outputs: names from `OUTPUTS`, in the order that the file gives them.
-        precision: one of this suffix's `PRECISIONS`.
-        crop: edge of the photos, in pixels, of which a file of fixed size takes one.
+        wanted: what the file is to hold.
 
     Returns: the paths of the file, last the one by which it is opened.
 
@@ -57,41 +75,37 @@ def write_files(
         UsageError: this kind of file takes no photos of the size.
         WeightsError: the network cannot be written so.
     """
-    return _WRITERS[path.suffix](network, path, outputs, precision, crop)
+    return _WRITERS[path.suffix](network, path, wanted)
 
 
-def _write_onnx(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
-    model = build_graph(network, outputs, half_weights=precision == "fp16")
+def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
+    model = build_graph(network, wanted.outputs, half_weights=wanted.precision == "fp16")
+    if wanted.preprocess:
+        add_preprocessing(model, wanted.preprocess)
     path.write_bytes(model.SerializeToString())
     return [path]
 
 
-def _write_openvino(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
-    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), outputs, "fp32", crop)
+def _write_openvino(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
     converted = read_openvino(graph)
 
     import openvino
 
-    openvino.save_model(converted, path, compress_to_fp16=precision != "fp32")
+    openvino.save_model(converted, path, compress_to_fp16=wanted.precision != "fp32")
     return [path.with_suffix(".bin"), path]
 
 
-def _write_torch(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
-    if crop <= MIN_SIZE_PX:  # PyTorch takes a last map of one pixel for another network
-        raise UsageError(f"The crop must be over {MIN_SIZE_PX} px for .pt2. Got crop={crop}. Write an .onnx file.")
-    torch.export.save(_program(network, outputs, crop, is_open=True), path)
+def _write_torch(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
+    if wanted.crop <= MIN_SIZE_PX:  # PyTorch takes a last map of one pixel for another network
+        raise UsageError(
+            f"The crop must be over {MIN_SIZE_PX} px for .pt2. Got crop={wanted.crop}. Write an .onnx file."
+        )
+    torch.export.save(_program(network, wanted, is_open=True), path)
     return [path]
 
 
-def _write_executorch(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
+def _write_executorch(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own use of what will change in PyTorch
         try:
@@ -102,21 +116,20 @@ def _write_executorch(
         # Its own split fails on what XNNPACK computes, whose pixels lie in another order; its slices do not.
         table = torch.export.default_decompositions()
         table[torch.ops.aten.split_with_sizes.default] = _split_by_slices
-        program = _program(network, outputs, crop, is_open=False).run_decompositions(table)
+        table[torch.ops.aten.alias.default] = lambda x: x  # for the same reason
+        program = _program(network, wanted, is_open=False).run_decompositions(table)
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
     return [path]
 
 
-def _write_mnn(
-    network: FoldedShuffleNetV2, path: Path, outputs: Sequence[str], precision: str, crop: int
-) -> list[Path]:
+def _write_mnn(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     if not find_spec("MNN"):
         raise missing_runtime("MNN", "'weightnet[mnn]'", ModuleNotFoundError("No module named 'MNN'"))
-    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), outputs, "fp32", crop)
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
     # In a process of its own: it writes to standard output, and ends the process where a file is wrong.
     words = ["-f", "ONNX", "--modelFile", os.fspath(graph), "--MNNModel", os.fspath(path), "--bizCode", "weightnet"]
-    words += ["--fp16"] * (precision == "fp16")
+    words += ["--fp16"] * (wanted.precision == "fp16")
     done = subprocess.run(
         [sys.executable, "-P", "-c", _CONVERT_MNN, *words], capture_output=True, text=True, check=False
     )
@@ -129,27 +142,26 @@ def _write_mnn(
 class _Outputs(nn.Module):
     """A network that gives some of what it computes of photos, by name."""
 
-    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str]) -> None:
+    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str], *, is_open: bool) -> None:
         super().__init__()
-        self.network, self.outputs = network, outputs
+        self.network, self.outputs, self.is_open = network, outputs, is_open
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         features = self.network.forward_features(input)
         pre_logits = self.network.forward_head(features, pre_logits=True)
         every = {LOGITS: self.network.classifier(pre_logits), PRE_LOGITS: pre_logits, FEATURES: features}
-        # A constant must be computed of something, or it is no output of its own.
-        every[CLASS_WEIGHTS] = self.network.classifier.weight.clone()
+        # A constant must be computed to be an output of its own: for ExecuTorch of something that is no constant.
+        weight = self.network.classifier.weight
+        every[CLASS_WEIGHTS] = weight.clone() if self.is_open else weight + 0 * pre_logits
         return {name: every[name] for name in self.outputs}
 
 
-def _program(
-    network: FoldedShuffleNetV2, outputs: Sequence[str], crop: int, *, is_open: bool
-) -> torch.export.ExportedProgram:
+def _program(network: FoldedShuffleNetV2, wanted: Wanted, *, is_open: bool) -> torch.export.ExportedProgram:
     """Return what `torch.export` makes of a network: for photos of any number and size, or one of the crop's size."""
     axis = torch.export.Dim.AUTO
     sizes = {"input": {0: axis, 2: axis, 3: axis}} if is_open else None
-    photos = torch.zeros(2 if is_open else 1, network.spec.in_channels, crop, crop)  # one would stay one
-    module = _Outputs(copy.deepcopy(network).cpu().float(), outputs)
+    photos = torch.zeros(2 if is_open else 1, network.spec.in_channels, wanted.crop, wanted.crop)  # one would stay one
+    module = _Outputs(copy.deepcopy(network).cpu().float(), wanted.outputs, is_open=is_open)
     return torch.export.export(module, (photos,), dynamic_shapes=sizes)
 
 
@@ -160,7 +172,7 @@ def _split_by_slices(x: Tensor, sizes: Sequence[int], axis: int = 0) -> list[Ten
     ]
 
 
-_WRITERS: dict[str, Callable[[FoldedShuffleNetV2, Path, Sequence[str], str, int], list[Path]]] = {
+_WRITERS: dict[str, Callable[[FoldedShuffleNetV2, Path, Wanted], list[Path]]] = {
     ".onnx": _write_onnx,
     ".xml": _write_openvino,
     ".pt2": _write_torch,

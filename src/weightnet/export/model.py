@@ -10,11 +10,12 @@ from typing import Any
 
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
-from weightnet.export.files import PRECISIONS, write_files
+from weightnet.export.files import PRECISIONS, PREPROCESSING, Wanted, write_files
 from weightnet.export.parity import TOLERANCE, check_parity
+from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, open_exported
+from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, PROBABILITIES, open_exported
 from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
 from weightnet.zoo.state import variant_name
 from weightnet.zoo.weights import load
@@ -26,6 +27,7 @@ def export_model(
     *,
     precision: str = "fp32",
     outputs: Sequence[str] = (LOGITS,),
+    preprocessing: bool = False,
     progress: bool = True,
 ) -> Card:
     """Write a network, folded, as a file for another runtime, and its card beside it.
@@ -45,6 +47,9 @@ def export_model(
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
+        preprocessing: whether an .onnx or .xml file takes photos that are only resized and cropped, (B, H, W, 3) uint8
+            of blue, green and red, normalises them itself, and gives "probabilities" too. Its card says that it takes
+            raw pixels.
         progress: whether a download shows a progress bar on standard error.
 
     Returns: the card; its `notes["exports"]` say what was compared.
@@ -67,16 +72,26 @@ def export_model(
     out = Path(out)
     outputs = _check_options(out, precision, outputs)
     network, card = _network(model, progress)
+    inside = _inside(out, card) if preprocessing else None
+    if inside:
+        card = dataclasses.replace(card, preprocess=_without_normalising(inside))
     card, exports = _beside(out, card)
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
         # MNN 3.6 takes wrong memory for the batched product of the other form.
         folded = fold(network, form="feature" if out.suffix == ".mnn" else "auto")
-        files = write_files(folded, Path(folder) / out.name, outputs, precision, card.preprocess.crop)
+        wanted = Wanted(outputs, precision, card.preprocess.crop, inside)
+        files = write_files(folded, Path(folder) / out.name, wanted)
         entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
+        if inside:
+            entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
         card = dataclasses.replace(card, notes={**card.notes, "exports": exports | {out.suffix: entry}})
         write_card(card, card_path(files[-1]))  # from which the engine takes the precision
         errors = check_parity(
-            network, open_exported(files[-1]), precision=precision, other_size=out.suffix not in FIXED_SIZE
+            network,
+            open_exported(files[-1]),
+            precision=precision,
+            preprocess=inside,
+            other_size=out.suffix not in FIXED_SIZE,
         )
         runtime = EXPORTED[out.suffix][0]
         entry |= {
@@ -125,6 +140,25 @@ def _network(
     spec = model.spec
     card = model.card or Card(variant_name(spec) or "network", spec, default_classes(spec.num_classes))
     return model, card
+
+
+def _inside(out: Path, card: Card) -> Preprocess:
+    """Return the preprocessing that goes into a file."""
+    if out.suffix not in PREPROCESSING:
+        raise UsageError(
+            f"A file with the preprocessing inside must be {' or '.join(PREPROCESSING)}. Got out={out}. "
+            "Choose one of them, or leave the preprocessing out."
+        )
+    if card.network.in_channels != 3:
+        raise UsageError(
+            "A network must take 3 channels to have the preprocessing inside. "
+            f"Got in_channels={card.network.in_channels}. Leave the preprocessing out."
+        )
+    return card.preprocess
+
+
+def _without_normalising(preprocess: Preprocess) -> Preprocess:
+    return dataclasses.replace(preprocess, channel_order="BGR", mean=None, std=None)
 
 
 def _beside(out: Path, card: Card) -> tuple[Card, dict[str, Any]]:

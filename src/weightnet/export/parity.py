@@ -13,7 +13,7 @@ from weightnet.errors import WeightsError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.exported import CLASS_WEIGHTS
+from weightnet.predict.exported import CLASS_WEIGHTS, PROBABILITIES
 
 if TYPE_CHECKING:
     from weightnet.predict.engines import Batch, Engine
@@ -29,7 +29,12 @@ LARGER_PX = (32, 64)  # by how much the height and the width of the other size a
 
 
 def check_parity(
-    network: ShuffleNetV2 | FoldedShuffleNetV2, engine: "Engine", *, precision: str, other_size: bool = True
+    network: ShuffleNetV2 | FoldedShuffleNetV2,
+    engine: "Engine",
+    *,
+    precision: str,
+    preprocess: Preprocess | None = None,
+    other_size: bool = True,
 ) -> dict[str, float]:
     """Compare every output of an exported file with the network in double precision.
 
@@ -40,6 +45,7 @@ def check_parity(
         network: what the file was made of.
         engine: what runs the file.
         precision: a key of `TOLERANCE`.
+        preprocess: the network's own, where the file has it inside and takes pixels.
         other_size: whether the file takes photos of another size.
 
     Returns: the largest error of each output, as a fraction of the output's largest magnitude.
@@ -51,8 +57,9 @@ def check_parity(
     larger = (crop + LARGER_PX[0], crop + LARGER_PX[1])
     worst: dict[str, float] = {}
     for batches, size in ((BATCHES, (crop, crop)), ((2,), larger))[: 1 + other_size]:
-        x_BCHW = _pictures(engine.card.preprocess, (max(batches), network.spec.in_channels, *size))
-        expected = _exact_outputs(exact, x_BCHW)
+        pixels_BCHW = _pictures((max(batches), network.spec.in_channels, *size))
+        x_BCHW = _prepared(pixels_BCHW, engine.card.preprocess)
+        expected = _exact_outputs(exact, x_BCHW if preprocess is None else _prepared(pixels_BCHW, preprocess))
         for batch in batches:
             for name, got in engine.run_outputs(x_BCHW[:batch], engine.outputs).items():
                 error = _relative_error(got, expected[name] if name == CLASS_WEIGHTS else expected[name][:batch])
@@ -69,16 +76,23 @@ def check_parity(
     return worst
 
 
-def _pictures(preprocess: Preprocess, shape: tuple[int, ...]) -> "Batch":
-    """Return smooth random pictures, normalised as the card says."""
+def _pictures(shape: tuple[int, ...]) -> Tensor:
+    """Return smooth random pictures, in whole grey levels; colours are blue, green, red."""
     coarse = np.random.default_rng(0).uniform(0, 255, (*shape[:2], 7, 7))
-    pixels_BCHW = F.interpolate(torch.from_numpy(coarse), shape[2:], mode="bicubic").clamp(0, 255)
+    return F.interpolate(torch.from_numpy(coarse), shape[2:], mode="bicubic").clamp(0, 255).round()
+
+
+def _prepared(pixels_BCHW: Tensor, preprocess: Preprocess) -> "Batch":
+    """Return pictures as a network takes them."""
+    channels = pixels_BCHW.shape[1]
+    if preprocess.channel_order == "RGB" and channels == 3:
+        pixels_BCHW = pixels_BCHW.flip(1)
     if preprocess.mean is not None and preprocess.std is not None:
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (preprocess.mean, preprocess.std))
-        if len(mean) != shape[1]:  # not colour photos, of which alone a card knows the scale
+        if len(mean) != channels:  # not colour photos, of which alone a card knows the scale
             mean, std = mean.mean(), std.mean()
         pixels_BCHW = (pixels_BCHW - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
-    return pixels_BCHW.float().numpy()
+    return pixels_BCHW.float().contiguous().numpy()
 
 
 @torch.no_grad()
@@ -87,7 +101,7 @@ def _exact_outputs(network: ShuffleNetV2 | FoldedShuffleNetV2, x_BCHW: "Batch") 
     pre_logits, logits = network.forward_head(features, pre_logits=True), network.forward_head(features)
     outputs = {"logits": logits, "pre_logits": pre_logits, "features": features}
     linear = network.classifier if isinstance(network, FoldedShuffleNetV2) else network.classifier[0]
-    outputs[CLASS_WEIGHTS] = cast(Tensor, linear.weight)
+    outputs |= {CLASS_WEIGHTS: cast(Tensor, linear.weight), PROBABILITIES: logits.softmax(1)}
     return {name: value.numpy() for name, value in outputs.items()}
 
 

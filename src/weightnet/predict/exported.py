@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.zoo.cards import Card, card_path, read_card, read_file
@@ -35,6 +36,8 @@ FIXED_SIZE = (".pte",)  # whose photos are of the card's size
 # The names in an exported file, and those of what every engine may be asked for.
 INPUT = "input"
 LOGITS, PRE_LOGITS, FEATURES, CLASS_WEIGHTS = OUTPUTS = ("logits", "pre_logits", "features", "class_weights")
+
+PROBABILITIES = "probabilities"  # of a file that has the preprocessing in it
 
 MIN_SIZE_PX = 32  # as the networks of this package have it
 MAX_EXPORTED_BYTES = 1 << 30
@@ -83,7 +86,9 @@ class OnnxRuntimeEngine:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has a dozen classes of errors, without a common base
             raise unreadable(path, error) from error
-        inputs = {value.name: _onnx_shape(value) for value in self._session.get_inputs()}
+        self._takes_pixels = takes_pixels(self.card, path)
+        kind = "tensor(uint8)" if self._takes_pixels else "tensor(float)"
+        inputs = {value.name: _onnx_shape(value, kind) for value in self._session.get_inputs()}
         outputs = {value.name: _onnx_shape(value) for value in self._session.get_outputs()}
         self.outputs = _check_signature(path, self.card, inputs, outputs)
 
@@ -95,8 +100,11 @@ class OnnxRuntimeEngine:
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
+        if not len(x_BCHW):  # which it does not reshape
+            return run_none(self, x_BCHW, names)
+        photos = _pixels(x_BCHW) if self._takes_pixels else x_BCHW
         try:
-            return dict(zip(names, self._session.run(list(names), {INPUT: x_BCHW}), strict=True))
+            return dict(zip(names, self._session.run(list(names), {INPUT: photos}), strict=True))
         except Exception as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
@@ -120,7 +128,9 @@ class OpenVinoEngine:
             raise missing_runtime("openvino", "'weightnet[openvino]'", error) from error
         self.card, self._path = card_beside(path), path
         self._core, self._model = openvino.Core(), read_openvino(path)
-        inputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.inputs}
+        self._takes_pixels = takes_pixels(self.card, path)
+        kind = "u8" if self._takes_pixels else "f32"
+        inputs = {value.get_any_name(): _openvino_shape(value, kind) for value in self._model.inputs}
         outputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.outputs}
         self.outputs = _check_signature(path, self.card, inputs, outputs)
         self._precision = "bf16" if exported_as(self.card, path).get("precision") == "bf16" else "f32"
@@ -137,7 +147,8 @@ class OpenVinoEngine:
         if not len(x_BCHW):
             return run_none(self, x_BCHW, names)
         try:
-            given = self._run_pieces([x_BCHW[at : at + _PIECE] for at in range(0, len(x_BCHW), _PIECE)], names)
+            photos = _pixels(x_BCHW) if self._takes_pixels else x_BCHW
+            given = self._run_pieces([photos[at : at + _PIECE] for at in range(0, len(photos), _PIECE)], names)
         except RuntimeError as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
         return {
@@ -145,7 +156,7 @@ class OpenVinoEngine:
             for name in names
         }
 
-    def _run_pieces(self, pieces: "list[Batch]", names: Sequence[str]) -> "list[dict[str, Batch]]":
+    def _run_pieces(self, pieces: "list[npt.NDArray[Any]]", names: Sequence[str]) -> "list[dict[str, Batch]]":
         given: list[dict[str, Batch]] = [{} for _ in pieces]
 
         def keep(request: "openvino.InferRequest", number: int) -> None:
@@ -219,6 +230,16 @@ def exported_as(card: Card, path: str | os.PathLike[str]) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
+def takes_pixels(card: Card, path: str | os.PathLike[str]) -> bool:
+    """Return whether a file takes photos (B, H, W, 3) of uint8, blue, green, red, as its card says."""
+    return exported_as(card, path).get("preprocessing") is not None
+
+
+def _pixels(x_BCHW: "Batch") -> "npt.NDArray[np.uint8]":
+    """Return raw pixels as such a file takes them."""
+    return np.ascontiguousarray(np.moveaxis(np.rint(x_BCHW).astype(np.uint8), 1, 3))
+
+
 def missing_runtime(package: str, requirement: str, error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
         f"Running this file needs {package}. Got: {error}. Install it by: pip install {requirement}"
@@ -232,18 +253,18 @@ def unreadable(path: str | os.PathLike[str], error: Exception) -> WeightsError:
     )
 
 
-_Shape: TypeAlias = "list[int | None] | None"  # each axis's size, None for an open one; None where not of float32
+_Shape: TypeAlias = "list[int | None] | None"  # each axis's size, None for an open one; None where of another type
 
 
-def _onnx_shape(value: "onnxruntime.NodeArg") -> _Shape:
-    if value.type != "tensor(float)":
+def _onnx_shape(value: "onnxruntime.NodeArg", kind: str = "tensor(float)") -> _Shape:
+    if value.type != kind:
         return None
     return [size if isinstance(size, int) else None for size in value.shape]
 
 
-def _openvino_shape(value: "openvino.Output") -> _Shape:
+def _openvino_shape(value: "openvino.Output", kind: str = "f32") -> _Shape:
     shape = value.get_partial_shape()
-    if value.get_element_type().to_string() != "f32" or shape.rank.is_dynamic:
+    if value.get_element_type().to_string() != kind or shape.rank.is_dynamic:
         return None
     return [None if axis.is_dynamic else axis.get_length() for axis in shape]
 
@@ -257,24 +278,27 @@ def _check_signature(
     """
     channels, crop, classes = card.network.in_channels, card.preprocess.crop, card.network.num_classes
     sizes = [(None,), (channels,), (None, crop), (None, crop)]
+    if takes_pixels(card, path):
+        sizes.append(sizes.pop(1))
     photo = inputs.get(INPUT) or ()
     fits = len(inputs) == 1 and len(photo) == 4 and all(map(lambda got, may: got in may, photo, sizes))
     if not fits or outputs.get(LOGITS) != [None, classes]:
+        wanted = " x ".join(str(may[-1] or "any") for may in sizes)
         raise WeightsError(
-            f"An exported file must take ({INPUT}: any x {channels} x {crop} x {crop}) and give ({LOGITS}: any x "
+            f"An exported file must take ({INPUT}: {wanted}) and give ({LOGITS}: any x "
             f"{classes}), as its card says. Got {path}, which takes ({_listed(inputs)}), gives ({_listed(outputs)}). "
             "Put its own card beside it, or export the model again by `weightnet export`."
         )
     width = card.network.head_channels
     others: dict[str, _Shape] = {PRE_LOGITS: [None, width], FEATURES: [None, width, None, None]}
-    others[CLASS_WEIGHTS] = [classes, width]
+    others |= {CLASS_WEIGHTS: [classes, width], PROBABILITIES: [None, classes]}
     wrong = {name: outputs[name] for name, shape in others.items() if name in outputs and outputs[name] != shape}
     if wrong:
         raise WeightsError(
             f"An exported file's further outputs must be ({_listed({name: others[name] for name in wrong})}), as its "
             f"card says. Got {path}, which gives ({_listed(wrong)}). Export the model again by `weightnet export`."
         )
-    return tuple(name for name in OUTPUTS if name in outputs)
+    return tuple(name for name in (*OUTPUTS, PROBABILITIES) if name in outputs)
 
 
 def check_trial(path: str | os.PathLike[str], card: Card, given: "dict[str, Batch]") -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Shape suffixes: as in `weightnet.predict.engines`.
 import contextlib
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class MnnEngine:
             except ImportError as error:
                 raise missing_runtime("MNN", "'weightnet[mnn]'", error) from error
             self.card, self._path, self._expr = card_beside(path), path, MNN.expr
+            self._one_at_a_time = threading.Lock()  # its modules are not made for more
             read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
             crop = self.card.preprocess.crop
             try:
@@ -75,11 +77,12 @@ class MnnEngine:
 
     def _run(self, x_BCHW: "Batch") -> "dict[str, Batch]":
         expr = self._expr
-        photos = expr.placeholder(list(x_BCHW.shape), expr.NCHW, expr.float)
-        photos.write(np.ascontiguousarray(x_BCHW))
-        given = self._module.forward([photos])
-        # Copies: its arrays are views of memory that the next run takes.
-        arrays = [np.array(expr.convert(value, expr.NCHW).read()) for value in given]
+        with self._one_at_a_time:
+            photos = expr.placeholder(list(x_BCHW.shape), expr.NCHW, expr.float)
+            photos.write(np.ascontiguousarray(x_BCHW))
+            given = self._module.forward([photos])
+            # Copies: its arrays are views of memory that the next run takes.
+            arrays = [np.array(expr.convert(value, expr.NCHW).read()) for value in given]
         return dict(zip(self._names, arrays, strict=True))
 
 
