@@ -45,8 +45,9 @@ def classify_many(
         format: parquet, jsonl or csv.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`.
-        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
-            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and an .onnx file,
+            openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 and all that is not exported; auto
+            takes the first that fits.
         device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         k: How many classes a row names, the most probable first.
         embeddings: Write the pooled features (`pre_logits`) instead of classes.

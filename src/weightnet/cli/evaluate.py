@@ -40,8 +40,9 @@ def evaluate(
         data: A folder with one folder of photos per class, or with train/ and val/, of which val/ is taken. Folders
             are matched to the model's classes by WordNet id, then by label, or as a classes.csv says
             (columns folder, label, wnid); one that fits none is an error. Classes without a folder are fine.
-        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
-            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and an .onnx file,
+            openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 and all that is not exported; auto
+            takes the first that fits.
         device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         batch_size: Photos that run at once.
         resize: Short edge before the crop, in pixels; left out: the model's own.

@@ -44,8 +44,9 @@ def predict(
         k: How many classes to name, the most probable first.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`.
-        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
-            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and an .onnx file,
+            openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 and all that is not exported; auto
+            takes the first that fits.
         device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
         batch_size: Photos that run at once.
         embeddings: Write what the network sees in a photo (`pre_logits`: numbers, near for photos that look alike)

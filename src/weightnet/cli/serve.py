@@ -28,8 +28,9 @@ def serve(
         port: The port to listen on; 0 for a free one, which is named.
         model: A name of `weightnet models`, a run folder, a weights file, or its address; or a file of
             `weightnet export`. Given several times, requests choose by `?model=`, and get the first by default.
-        engine: What runs the network: onnxruntime or openvino for a model inside the package and a file of
-            `weightnet export`, torch for all but such files; auto takes the first that fits.
+        engine: What runs the network: onnxruntime or openvino for a model inside the package and an .onnx file,
+            openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 and all that is not exported; auto
+            takes the first that fits.
         device: auto or cpu; with torch cuda, cuda:N or mps too, and auto takes a GPU where there is one.
     """
     try:

@@ -103,8 +103,9 @@ class Classifier:
     Args:
         model: a name of `list_models()`, a run folder, a weights file, an exported file with its card beside it, or a
             network with a card in `.card`, of which a copy is taken.
-        engine: what runs the network: "onnxruntime" or "openvino" for models inside the package and exported files,
-            "torch" for all but exported files; "auto" takes the first of them that fits.
+        engine: what runs the network: "onnxruntime" or "openvino" for models inside the package and .onnx files,
+            "openvino" for .xml, "executorch" for .pte, "mnn" for .mnn, "torch" for .pt2 files and all that is not
+            exported; "auto" takes the first of them that fits.
         device: "auto" or "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
         batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
         resize: short edge of the photos before the crop, in pixels; None takes the card's.
