@@ -142,17 +142,21 @@ def _write_mnn(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[
 class _Outputs(nn.Module):
     """A network that gives some of what it computes of photos, by name."""
 
-    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str], *, is_open: bool) -> None:
+    class_weights: Tensor
+
+    def __init__(self, network: FoldedShuffleNetV2, outputs: Sequence[str]) -> None:
         super().__init__()
-        self.network, self.outputs, self.is_open = network, outputs, is_open
+        self.network, self.outputs = network, outputs
+        if CLASS_WEIGHTS in outputs:
+            # ExecuTorch fails on a constant that is an output, and on one that two layers use.
+            self.register_buffer(CLASS_WEIGHTS, network.classifier.weight.detach().clone())
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         features = self.network.forward_features(input)
         pre_logits = self.network.forward_head(features, pre_logits=True)
         every = {LOGITS: self.network.classifier(pre_logits), PRE_LOGITS: pre_logits, FEATURES: features}
-        # A constant must be computed to be an output of its own: for ExecuTorch of something that is no constant.
-        weight = self.network.classifier.weight
-        every[CLASS_WEIGHTS] = weight.clone() if self.is_open else weight + 0 * pre_logits
+        if CLASS_WEIGHTS in self.outputs:
+            every[CLASS_WEIGHTS] = self.class_weights + 0 * pre_logits[:1]
         return {name: every[name] for name in self.outputs}
 
 
@@ -161,7 +165,7 @@ def _program(network: FoldedShuffleNetV2, wanted: Wanted, *, is_open: bool) -> t
     axis = torch.export.Dim.AUTO
     sizes = {"input": {0: axis, 2: axis, 3: axis}} if is_open else None
     photos = torch.zeros(2 if is_open else 1, network.spec.in_channels, wanted.crop, wanted.crop)  # one would stay one
-    module = _Outputs(copy.deepcopy(network).cpu().float(), wanted.outputs, is_open=is_open)
+    module = _Outputs(copy.deepcopy(network).cpu().float(), wanted.outputs)
     return torch.export.export(module, (photos,), dynamic_shapes=sizes)
 
 

@@ -18,6 +18,7 @@ from weightnet.predict.exported import (
     check_batch,
     check_outputs,
     check_trial,
+    run_none,
     unreadable,
 )
 from weightnet.zoo.cards import read_file
@@ -61,6 +62,8 @@ class TorchExportEngine:
                 f"The height and width of photos for a .pt2 file must be over {MIN_SIZE_PX} px. "
                 f"Got shape={x_BCHW.shape}. Enlarge the photos."
             )
+        if not len(x_BCHW):
+            return run_none(self, x_BCHW, names)
         given = self._run(x_BCHW)
         return {name: given[name] for name in names}
 
