@@ -18,11 +18,11 @@ off, and the validation photos are measured once, with that. Without --photos, w
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import BATCHES, SIZE_PX, THREADS, has_bfloat16, network_of, plain_twin
+from inference import BATCHES, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
 from int8_graphs import Photos, placed_by_nncf, places_at_inputs, places_where_made, quantised
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
@@ -231,42 +231,54 @@ def top1(model: Any, precision: str, photos: Photos, labels: Any) -> float:
     return round(100 * right / len(labels), 2)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Return the figures as tables in Markdown."""
-    lines = ["| model | photos | " + " | ".join(next(iter(report["accuracy"].values()), {"top1": {}})["top1"]) + " |"]
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    for model, figures in report["accuracy"].items():
-        lines.append(f"| {model} | {figures['photos']} | {' | '.join(map(str, figures['top1'].values()))} |")
-    for threads, measured in report["threads"].items():
-        cores = f"{threads} core{'s' if threads != '1' else ''}"
-        columns = [f"batch {batch}" for batch in measured["ms_quartiles"]]
-        lines += ["", f"On {cores}, milliseconds a batch (times faster than bfloat16 in OpenVINO):", ""]
-        lines += [f"| network | graph | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-        for key in next(iter(measured["ms_quartiles"].values())):
-            name, variant = key.split("|")
-            cells = []
-            for quartiles in measured["ms_quartiles"].values():
-                ms, base = quartiles[key][1], quartiles[f"{name}|bfloat16"][1]
-                cells.append(f"{ms:.3g} ({base / ms:.2f})")
-            lines.append(f"| `{name}` | {variant} | {' | '.join(cells)} |")
-    lines += ["", f"Where the time goes, batch {PROFILED_BATCH}, one core, milliseconds (steps):", ""]
-    for key, kinds in report["threads"]["1"]["profiles"].items():
-        steps = ", ".join(f"{kind} {ms:.2f} ({count:.0f})" for kind, (count, ms) in list(kinds.items())[:9])
-        lines.append(f"- `{key.split('|')[0]}`, {key.split('|')[1]}: {steps}")
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Return the figures as tables in Markdown, by title."""
+    return {
+        "accuracy": accuracy_table(report["accuracy"]),
+        "speed on one core": speed_table(report["threads"]["1"]["ms_quartiles"]),
+        "speed on two cores": speed_table(report["threads"]["2"]["ms_quartiles"]),
+        "profiles": profile_table(report["threads"]["1"]["profiles"]),
+    }
+
+
+def accuracy_table(accuracy: dict[str, Any]) -> str:
+    """Return the share of validation photos that each model gets right, in percent."""
+    columns = ["model", "photos", *next(iter(accuracy.values()), {"top1": {}})["top1"]]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for model, figures in accuracy.items():
+        cells = [f"`{model}`", f"{figures['photos']:,}", *(f"{share:.2f}" for share in figures["top1"].values())]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def measured_on(threads: int, rounds: int) -> Any:
-    """Return what a process measures that is held to so many cores."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    done = subprocess.run(
-        [sys.executable, __file__, "--rounds", str(rounds), "--measure"],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        check=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    return json.loads(done.stdout.splitlines()[-1])  # NNCF writes to standard output too
+def speed_table(measured: dict[str, Any]) -> str:
+    """Return medians in milliseconds a batch, and how many times as fast as bfloat16 in OpenVINO they are."""
+    columns = ["network", "graph", *(f"batch {batch}" for batch in measured)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key in next(iter(measured.values())):
+        name, variant = key.split("|")
+        cells = [f"`{name}`", variant]
+        for quartiles in measured.values():
+            ms, base = quartiles[key][1], quartiles[f"{name}|bfloat16"][1]
+            cells.append(f"{ms:.3g} ({base / ms:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def profile_table(profiles: dict[str, Any]) -> str:
+    """Return the milliseconds that each graph spends in steps of a kind, and how many steps they are."""
+    kinds = ("Convolution", "GroupConvolution", "Subgraph", "FullyConnected", "ReduceMean", "Reorder")
+    columns = ["network", "graph", *kinds, "Split and Concat", "other"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key, steps in profiles.items():
+        sums = {column: [0.0, 0.0] for column in columns[2:]}
+        for step, (count, ms) in steps.items():
+            kind = step.split()[0]
+            column = kind if kind in kinds else "Split and Concat" if kind.endswith(("Split", "Concat")) else "other"
+            sums[column] = [sums[column][0] + count, sums[column][1] + ms]
+        cells = [f"{ms:.2f} ({count:.0f})" for count, ms in sums.values()]
+        lines.append(f"| `{key.split('|')[0]}` | {key.split('|')[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -281,10 +293,12 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     if options.measure:
-        print(json.dumps(measure_speed(options.rounds)))
+        with contextlib.redirect_stdout(sys.stderr):  # NNCF writes to standard output too
+            measured = measure_speed(options.rounds)
+        print(json.dumps(measured))
         return
     accuracy = {Path(model).name: measure_accuracy(model, Path(data)) for model, data in options.photos}
     if options.out and options.out.exists() and not accuracy:
@@ -296,9 +310,12 @@ def main() -> None:
         "bfloat16": has_bfloat16(),
         "openvino": openvino.__version__,
         "accuracy": accuracy,
-        "threads": {str(threads): measured_on(threads, options.rounds) for threads in THREADS},
+        "threads": {
+            str(threads): child(__file__, ["--rounds", str(options.rounds), "--measure"], threads)
+            for threads in THREADS
+        },
     }
-    print(table(report))
+    show(tables(report))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
