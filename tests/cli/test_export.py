@@ -1,17 +1,25 @@
+from importlib.util import find_spec
+
 import pytest
 
 from weightnet.zoo.cards import read_card
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_export_writes_a_model_for_predict_and_shows_its_gist(weightnet, run_folder, photos, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "runtime"),
+    [
+        (".onnx", "onnxruntime"),
+        (".xml", "openvino"),
+        pytest.param(".mnn", "mnn", marks=pytest.mark.skipif(not find_spec("MNN"), reason="needs MNN")),
+    ],
+)
+def test_export_writes_a_model_for_predict_and_shows_its_gist(weightnet, run_folder, photos, suffix, runtime):
     outcome = weightnet("export", run_folder, f"net{suffix}", "--outputs", "features", "pre_logits")
     assert (outcome.code, outcome.err) == (0, "")
     first, size, outputs, checked, error = outcome.out.splitlines()
     assert first == f"net{suffix}: tiny"
     assert size.endswith(" MB, fp32")
     assert outputs == "  outputs     logits, pre_logits, features"
-    runtime = "onnxruntime" if suffix == ".onnx" else "openvino"
     assert checked.startswith(f"  checked in  {runtime} ")
     assert error.startswith("  error       logits ")
     assert error.endswith(" of the largest value (allowed: 1e-04)")

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine, OpenVinoEngin
 from weightnet.zoo.cards import embedded_models, read_card, write_card
 
 BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+SIZES = [1, 5, 2, 4] * 5
 needs_mnn = pytest.mark.skipif(not find_spec("MNN"), reason="needs MNN")
 WAYS = [
     (".onnx", "onnxruntime"),
@@ -357,6 +359,14 @@ def test_engine_runs_a_batch_in_pieces_and_in_order(exported, suffix, engine):
     for name in opened.outputs:
         want = np.concatenate([outputs[name] for outputs in one_by_one])
         np.testing.assert_allclose(together[name], want, rtol=1e-4, atol=1e-5)
+
+
+@needs_mnn
+def test_mnn_engine_is_run_by_several_threads(exported, tiny_network):
+    engine, expected = open_engine(exported / "net.mnn"), open_engine(tiny_network).run(BATCH)
+    with ThreadPoolExecutor(4) as threads:
+        for count, logits in zip(SIZES, threads.map(lambda count: engine.run(BATCH[:count]), SIZES), strict=True):
+            np.testing.assert_allclose(logits, expected[:count], atol=1e-4)
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)

@@ -127,7 +127,7 @@ def _write_mnn(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[
     if not find_spec("MNN"):
         raise missing_runtime("MNN", "'weightnet[mnn]'", ModuleNotFoundError("No module named 'MNN'"))
     (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
-    # In a process of its own: it writes to standard output, and ends the process where a file is wrong.
+    # In a process of its own: it writes to standard output, where it also says what is wrong, and returns all the same.
     words = ["-f", "ONNX", "--modelFile", os.fspath(graph), "--MNNModel", os.fspath(path), "--bizCode", "weightnet"]
     words += ["--fp16"] * (wanted.precision == "fp16")
     done = subprocess.run(
