@@ -53,12 +53,12 @@ class Original:
 
     def __init__(self, python: str, folder: Path, threads: int) -> None:
         script = Path(__file__).with_name("original_megengine.py")
-        self._folder = folder
+        self._folder, self._log = folder, folder / "original.log"
         self._process = subprocess.Popen(
             [python, str(script), str(folder), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # it writes pages
+            stderr=self._log.open("w"),  # pages of it
             text=True,
         )
 
@@ -70,7 +70,8 @@ class Original:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"The original's process ended at {task}. Is MegEngine 1.13 in that Python's environment?")
+            last = self._log.read_text(encoding="utf-8", errors="replace")[-1000:]
+            raise SystemExit(f"The original's process must answer {task}. It ended, and wrote last: {last}")
         return json.loads(line)
 
     def turns(self, name: str, batch: int, expected: Any) -> dict[str, Callable[[], float]]:
