@@ -18,7 +18,6 @@ off, and the validation photos are measured once, with that. Without --photos, w
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -57,7 +56,7 @@ def graph_of(network: Any, folder: Path, *, late_gain: bool = False) -> tuple[An
         for block in stage.blocks:  # type: ignore[union-attr]
             block.early_gain = False
             block.conv2 = GainDepthwise(block.conv2.weight, block.conv2.bias, stride=block.conv2.stride)
-    file = folder / "graph.onnx"
+    file = folder / f"graph_{len(list(folder.iterdir()))}.onnx"
     file.write_bytes(build_graph(folded, ["logits"]).SerializeToString())
     return openvino.Core().read_model(file), file
 
@@ -91,9 +90,8 @@ def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
     return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
 
 
-def onnxruntime_variants(name: str, folder: Path) -> dict[str, Run]:
-    """Return ways to run a network in ONNX Runtime."""
-    import onnxruntime
+def onnxruntime_variants(name: str, folder: Path) -> dict[str, Path]:
+    """Return the files of a network for ONNX Runtime."""
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -105,47 +103,72 @@ def onnxruntime_variants(name: str, folder: Path) -> dict[str, Run]:
             return next(self.batches, None)
 
     _, file = graph_of(network_of(name), folder)
-    prepared = folder / "prepared.onnx"
+    prepared = folder / f"{name}.onnx"
     quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True)
-    files = {"onnxruntime float32": file}
+    files = {"onnxruntime float32": prepared}
     everything = ["Conv", "Mul", "Add", "Concat", "Split", "Slice", "MaxPool", "Relu"]
     kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
     for variant, operators in (("onnxruntime int8", ["Conv"]), ("onnxruntime int8, all", everything)):
-        files[variant] = folder / f"{variant}.onnx"
+        files[variant] = folder / f"{name} {variant}.onnx"
         kinds["op_types_to_quantize"] = operators
         quantization.quantize_static(prepared, files[variant], Reader(), per_channel=True, **kinds)
+    return files
+
+
+def write_all(folder: Path) -> None:
+    """Write the graphs of all networks, and a list of them: `network|graph`, its file and its precision."""
+    import openvino
+
+    listed: dict[str, tuple[str, str]] = {}
+    for name in (twin for size in NETWORKS for twin in (size, plain_twin(size))):
+        for variant, (model, precision) in variants_of(name, folder).items():
+            file = folder / f"{name} {variant}.xml"
+            openvino.save_model(model, file, compress_to_fp16=False)
+            listed[f"{name}|{variant}"] = (str(file), precision)
+        for variant, file in onnxruntime_variants(name, folder).items() if STUDIED in name else ():
+            listed[f"{name}|{variant}"] = (str(file), "f32")
+    (folder / "graphs.json").write_text(json.dumps(listed), encoding="utf-8")
+
+
+def measure_speed(folder: Path, rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of every network and graph in this process, and where they go."""
+    import openvino
+
+    listed = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))
+    sessions = {key: onnxruntime_run(file) for key, (file, _) in listed.items() if "onnxruntime" in key}
+    graphs = {
+        key: (openvino.Core().read_model(file), precision)
+        for key, (file, precision) in listed.items()
+        if key not in sessions
+    }
+    figures: dict[str, Any] = {"ms_quartiles": {}, "profiles": {}}
+    for batch in BATCHES:
+        x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+        runs = {key: sessions.get(key) or openvino_run(*graphs[key], x_BCHW.shape) for key in listed}
+        figures["ms_quartiles"][str(batch)] = by_turns(runs, x_BCHW, rounds)
+        print(f"  batch {batch} done", file=sys.stderr, flush=True)
+    x_BCHW = np.random.default_rng(0).standard_normal((PROFILED_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
+    for key, (model, precision) in graphs.items():
+        if STUDIED in key:
+            figures["profiles"][key] = profile(model, precision, x_BCHW)
+    return figures
+
+
+def openvino_run(model: Any, precision: str, shape: tuple[int, ...]) -> Run:
+    """Return a function that runs a graph in OpenVINO."""
+    request = compiled_for(model, shape, precision)
+    return lambda x_BCHW: request.infer([x_BCHW])
+
+
+def onnxruntime_run(file: str) -> Run:
+    """Return a function that runs a file in ONNX Runtime."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the next one's turn is the next one's
-    runs: dict[str, Run] = {}
-    for variant, path in files.items():
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        runs[variant] = lambda x, session=session: session.run(None, {"input": x})  # type: ignore[misc]
-    return runs
-
-
-def measure_speed(rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of every network and graph in this process, and where they go."""
-    figures: dict[str, Any] = {"ms_quartiles": {}, "profiles": {}}
-    names = [twin for name in NETWORKS for twin in (name, plain_twin(name))]
-    with tempfile.TemporaryDirectory() as folder:
-        variants = {name: variants_of(name, Path(folder)) for name in names}
-        others = {name: onnxruntime_variants(name, Path(folder)) for name in (STUDIED, plain_twin(STUDIED))}
-        for batch in BATCHES:
-            x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
-            runs: dict[str, Run] = {}
-            for name in names:
-                for variant, (model, precision) in variants[name].items():
-                    runs[f"{name}|{variant}"] = compiled_for(model, x_BCHW.shape, precision).infer
-                for variant, run in others.get(name, {}).items():
-                    runs[f"{name}|{variant}"] = run
-            figures["ms_quartiles"][str(batch)] = by_turns(runs, x_BCHW, rounds)
-            print(f"  batch {batch} done", file=sys.stderr, flush=True)
-    x_BCHW = np.random.default_rng(0).standard_normal((PROFILED_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
-    for name in (STUDIED, plain_twin(STUDIED)):
-        for variant, (model, precision) in variants[name].items():
-            figures["profiles"][f"{name}|{variant}"] = profile(model, precision, x_BCHW)
-    return figures
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda x_BCHW: session.run(None, {"input": x_BCHW})
 
 
 def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, list[float]]:
@@ -154,7 +177,7 @@ def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, lis
     for number in range(rounds + 2):
         for key, run in runs.items():
             begun_at = time.perf_counter()
-            run([x_BCHW] if "onnxruntime" not in key else x_BCHW)
+            run(x_BCHW)
             if number > 1:  # the first two warm up
                 times[key].append(1e3 * (time.perf_counter() - begun_at))
     return {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in times.items()}
@@ -290,19 +313,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--measure-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args()
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    if options.measure:
-        with contextlib.redirect_stdout(sys.stderr):  # NNCF writes to standard output too
-            measured = measure_speed(options.rounds)
-        print(json.dumps(measured))
+    if options.measure_in:
+        print(json.dumps(measure_speed(options.measure_in, options.rounds)))
         return
+    if len(os.sched_getaffinity(0)) < max(THREADS):
+        parser.error(f"{max(THREADS)} cores are needed. Got {os.sched_getaffinity(0)}: see taskset.")
     accuracy = {Path(model).name: measure_accuracy(model, Path(data)) for model, data in options.photos}
     if options.out and options.out.exists() and not accuracy:
         accuracy = json.loads(options.out.read_text(encoding="utf-8"))["accuracy"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_all(Path(folder))
+        arguments = ["--rounds", str(options.rounds), "--measure-in", folder]
+        threads = {str(count): child(__file__, arguments, count) for count in THREADS}
     report = {
         "command": f"python benchmarks/int8.py --rounds {options.rounds}",
         "size_px": SIZE_PX,
@@ -310,10 +337,7 @@ def main() -> None:
         "bfloat16": has_bfloat16(),
         "openvino": openvino.__version__,
         "accuracy": accuracy,
-        "threads": {
-            str(threads): child(__file__, ["--rounds", str(options.rounds), "--measure"], threads)
-            for threads in THREADS
-        },
+        "threads": threads,
     }
     show(tables(report))
     if options.out:

@@ -220,6 +220,8 @@ def main() -> None:
         folder, threads = options.measure_in
         print(json.dumps(measure(options.original_python, Path(folder), int(threads), options.rounds)))
         return
+    if len(os.sched_getaffinity(0)) < max(THREADS):
+        parser.error(f"{max(THREADS)} cores are needed. Got {os.sched_getaffinity(0)}: see taskset.")
     report = measure_all(options.original_python, options.rounds)
     show(tables(report))
     if options.out:
