@@ -1,4 +1,4 @@
-"""Write into the README and docs/benchmark.md what the program says: network tables, figures, what a command prints.
+"""Write into the README and the pages on speed what the program says: network tables, figures, what a command prints.
 
     python scripts/update_readme.py
 
@@ -23,7 +23,7 @@ from weightnet.zoo.state import variant_name
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BENCHMARKS, BENCHMARK_PAGE = ROOT / "benchmarks", ROOT / "docs/benchmark.md"
+BENCHMARKS, BENCHMARK_PAGE, INT8_PAGE = ROOT / "benchmarks", ROOT / "docs/benchmark.md", ROOT / "docs/int8.md"
 sys.path.append(str(BENCHMARKS))  # whose scripts are no package
 
 FIGURES = {
@@ -130,6 +130,10 @@ BENCHMARK_PARTS = {
         ("inference", "on two cores"),
     )
 }
+INT8_PARTS = {
+    f"int8, {title}": functools.partial(benchmark_table, "int8", title)
+    for title in ("accuracy", "speed on one core", "speed on two cores", "profiles")
+}
 
 
 def part_pattern(name: str) -> re.Pattern[str]:
@@ -151,3 +155,4 @@ def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
 if __name__ == "__main__":
     update(README, PARTS)
     update(BENCHMARK_PAGE, BENCHMARK_PARTS)
+    update(INT8_PAGE, INT8_PARTS)
