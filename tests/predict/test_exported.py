@@ -340,11 +340,11 @@ def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_pat
         open_engine(copied / "net.onnx", engine=engine)
 
 
-def test_openvino_engine_keeps_the_last_four_shapes(exported):
+def test_openvino_engine_keeps_the_last_six_shapes(exported):
     engine = OpenVinoEngine(exported / "net.xml")
-    for size in (32, 33, 34, 35, 32, 36):
+    for size in (32, 33, 34, 35, 36, 37, 32, 38):
         engine.run(np.zeros((1, 3, size, size), np.float32))
-    assert [shape[2] for shape, _ in engine._queues] == [34, 35, 32, 36]
+    assert [shape[2] for shape, _ in engine._queues] == [34, 35, 36, 37, 32, 38]
     kept = engine._queues[(1, 3, 34, 34), True]
     engine.run(np.zeros((1, 3, 34, 34), np.float32))
     assert engine._queues[(1, 3, 34, 34), True] is kept
@@ -361,11 +361,11 @@ def test_engine_runs_a_batch_in_pieces_and_in_order(exported, suffix, engine):
         np.testing.assert_allclose(together[name], want, rtol=1e-4, atol=1e-5)
 
 
-@needs_mnn
-def test_mnn_engine_is_run_by_several_threads(exported, tiny_network):
-    engine, expected = open_engine(exported / "net.mnn"), open_engine(tiny_network).run(BATCH)
+@pytest.mark.parametrize(("suffix", "engine"), WAYS)
+def test_engine_is_run_by_several_threads(exported, tiny_network, suffix, engine):
+    opened, expected = open_engine(exported / f"net{suffix}", engine=engine), open_engine(tiny_network).run(BATCH)
     with ThreadPoolExecutor(4) as threads:
-        for count, logits in zip(SIZES, threads.map(lambda count: engine.run(BATCH[:count]), SIZES), strict=True):
+        for count, logits in zip(SIZES, threads.map(lambda count: opened.run(BATCH[:count]), SIZES), strict=True):
             np.testing.assert_allclose(logits, expected[:count], atol=1e-4)
 
 

@@ -52,7 +52,7 @@ def check_parity(
 
     Raises: WeightsError where one is above the tolerance, or not a number.
     """
-    exact = copy.deepcopy(network).double().eval()
+    exact = copy.deepcopy(network).cpu().double().eval()
     crop = engine.card.preprocess.crop
     larger = (crop + LARGER_PX[0], crop + LARGER_PX[1])
     worst: dict[str, float] = {}

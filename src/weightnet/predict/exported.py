@@ -6,6 +6,7 @@ Shape suffixes: as in `weightnet.predict.engines`.
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,8 +43,8 @@ PROBABILITIES = "probabilities"  # of a file that has the preprocessing in it
 
 MIN_SIZE_PX = 32  # as the networks of this package have it
 MAX_EXPORTED_BYTES = 1 << 30
-_PIECE = 4  # photos that a core takes at once
-_KEPT_SHAPES = 4  # full pieces, the last one, and some to spare
+_PIECE = 4  # the most photos that a core takes at once
+_KEPT_SHAPES = 6  # pieces of one to four photos, one photo by itself, and one to spare
 
 
 def open_exported(path: str | os.PathLike[str], *, engine: str = "auto") -> "Engine":
@@ -70,7 +71,7 @@ class OnnxRuntimeEngine:
     """Runs an exported .onnx file in ONNX Runtime, on the CPU; its card must lie beside it.
 
     Batches are run in pieces of a few photos, side by side on the processor's cores: each core then works by itself, on
-    feature maps that stay in its cache.
+    feature maps that stay in its cache. A single photo is run on one core: a second one gained nothing.
 
     Raises: as `open_engine`.
     """
@@ -85,7 +86,7 @@ class OnnxRuntimeEngine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is in the error that it raises; standard error is not ours
         options.intra_op_num_threads = 1
-        self._cores = ThreadPoolExecutor(os.cpu_count())
+        self._cores = ThreadPoolExecutor(usable_cores())
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has a dozen classes of errors, without a common base
@@ -142,6 +143,7 @@ class OpenVinoEngine:
         self.outputs = _check_signature(path, self.card, inputs, outputs)
         self._precision = "bf16" if exported_as(self.card, path).get("precision") == "bf16" else "f32"
         self._queues: dict[tuple[tuple[int, ...], bool], openvino.AsyncInferQueue] = {}
+        self._one_at_a_time = threading.Lock()  # a queue keeps the answers of one batch
 
     def run(self, x_BCHW: "Batch", /) -> "Batch":
         """Return logits, as `Engine.run`."""
@@ -155,7 +157,8 @@ class OpenVinoEngine:
             return run_none(self, x_BCHW, names)
         try:
             photos = _pixels(x_BCHW) if self._takes_pixels else x_BCHW
-            return _joined(names, self._run_pieces(_pieces(photos), names))
+            with self._one_at_a_time:
+                return _joined(names, self._run_pieces(_pieces(photos), names))
         except RuntimeError as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
@@ -193,8 +196,15 @@ class OpenVinoEngine:
         return queue
 
 
+def usable_cores() -> int:
+    """Return how many of the processor's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _pieces(photos: "npt.NDArray[Any]") -> "list[npt.NDArray[Any]]":
-    return [photos[at : at + _PIECE] for at in range(0, len(photos), _PIECE)]
+    """Split a batch evenly over the cores, into no more photos at once than suit one."""
+    size = min(_PIECE, -(-len(photos) // usable_cores()))
+    return [photos[at : at + size] for at in range(0, len(photos), size)]
 
 
 def _joined(names: Sequence[str], pieces: "list[dict[str, Batch]]") -> "dict[str, Batch]":

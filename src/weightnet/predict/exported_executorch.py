@@ -4,6 +4,7 @@ Shape suffixes: as in `weightnet.predict.engines`.
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ class ExecuTorchEngine:
         self.card, self._path = card_beside(path), path
         read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
         self._names = tuple(exported_as(self.card, path).get("outputs", (LOGITS,)))
+        self._one_at_a_time = threading.Lock()
         crop = self.card.preprocess.crop
         try:
             self._program = Runtime.get().load_program(Path(path))  # kept: the method reads its memory
@@ -83,6 +85,7 @@ class ExecuTorchEngine:
     def _run(self, x_1CHW: "Batch") -> "dict[str, Batch]":
         import torch
 
-        given = self._method.execute([torch.from_numpy(x_1CHW)])
-        # Copies: the next run writes its outputs to the same place.
-        return {name: np.array(value.contiguous()) for name, value in zip(self._names, given, strict=True)}
+        with self._one_at_a_time:
+            given = self._method.execute([torch.from_numpy(x_1CHW)])
+            # Copies: the next run writes its outputs to the same place.
+            return {name: np.array(value.contiguous()) for name, value in zip(self._names, given, strict=True)}

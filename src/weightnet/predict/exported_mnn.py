@@ -23,6 +23,7 @@ from weightnet.predict.exported import (
     missing_runtime,
     run_none,
     unreadable,
+    usable_cores,
 )
 from weightnet.zoo.cards import read_file
 
@@ -54,7 +55,7 @@ class MnnEngine:
                     [INPUT],
                     [],  # all that the file has
                     precision_mode=MNN.expr.PrecisionMode.High,
-                    thread_num=os.cpu_count() or 1,
+                    thread_num=usable_cores(),
                 )
                 self._names = self._module.get_info()["outputNames"]
                 given = self._run(np.zeros((1, self.card.network.in_channels, crop, crop), np.float32))
