@@ -3,7 +3,7 @@
     python benchmarks/operators.py [--out benchmarks/results/operators.json]
     python benchmarks/operators.py --table benchmarks/results/operators.json
 
-The 1.0x WeightNet network and its plain twin at 224 px, in batches of 1 and 32, with the engines' own profilers. Of
+The 1.0x WeightNet network and its plain twin at 224 px, in batches of 1 and 4, with the engines' own profilers. Of
 nine runs the fastest one counts; figures are milliseconds a batch. Networks and files are those of `inference.py`.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import SIZE_PX, child, network_of, plain_twin, show
+from inference import SIZE_PX, child, commit, machine, network_of, plain_twin, show
 
 NETWORK = "shufflenet_v2_x1_0"
-BATCHES = (1, 32)
+BATCHES = (1, 4)  # what engines take at once
 RUNS = 9
 
 # What operators do, so that both engines' names for it fall together; what is not listed is "other".
@@ -118,7 +118,13 @@ def main() -> None:
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    report = {"command": "python benchmarks/operators.py", "runs": RUNS, "engines": child(__file__, ["--child"], 1)}
+    report = {
+        "command": "python benchmarks/operators.py",
+        "commit": commit(),
+        "machine": machine(),
+        "runs": RUNS,
+        "engines": child(__file__, ["--child"], 1),
+    }
     show(tables(report))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
