@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.fold import fold
+from weightnet.nn.fold import cheapest_folded_form, fold
 from weightnet.nn.folded_layers import FoldedConv, GainPointwise, MatmulPointwise
 from weightnet.nn.routes import plan_routes
 from weightnet.nn.shufflenet import ShuffleNetV2
@@ -168,3 +168,19 @@ def test_fold_refuses_nothing_for_more_channels_and_classes() -> None:
     with torch.no_grad():
         x = photos(2, 1, 40, 33)
         torch.testing.assert_close(fold(network)(x), network(x), rtol=0, atol=1e-10)
+
+
+def test_fold_refuses_what_is_no_network_of_this_package() -> None:
+    with pytest.raises(UsageError, match=r"network must be one of this package\. Got network=Linear"):
+        fold(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_fold_refuses_to_change_the_form_of_what_is_folded() -> None:
+    folded = fold(calibrated(SMALL["r1"]))
+    assert fold(folded, form="feature") is folded
+    with pytest.raises(UsageError, match=r"Got form='matmul' for one that is folded already"):
+        fold(folded, form="matmul")
+
+
+def test_folded_form_is_static_convolutions_where_they_are_no_more_work() -> None:
+    assert [cheapest_folded_form(r) for r in (1, 2, 4)] == ["feature", "matmul", "matmul"]

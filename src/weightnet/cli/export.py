@@ -1,7 +1,7 @@
 """`weightnet export`: a model as a file for another runtime."""
 
 import json as json_format
-import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -16,6 +16,7 @@ def export(
     /,
     *,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    form: Literal["auto", "feature", "matmul"] = "auto",
     outputs: Annotated[
         tuple[Literal["logits", "pre_logits", "features", "class_weights"], ...],
         Parameter(consume_multiple=True, negative="", show_default=False),
@@ -35,6 +36,8 @@ def export(
         out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn; the card is OUT.json.
         precision: fp16, for .onnx, .xml and .mnn, keeps the weights in half precision, in a file half as large, and
             computes in single precision; bf16, for .xml, also computes in bfloat16 where the processor has it.
+        form: How generated 1x1 layers are computed: feature as static convolutions and gains, matmul as a batched
+            matrix product by mixed kernels; auto takes the faster one.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
             class_weights the classifier's weights, by which features become the heat map of a class.
         preprocessing: Put the preprocessing, but for resize and crop, into an .onnx or .xml file: it takes photos
@@ -46,10 +49,11 @@ def export(
         from weightnet.export.model import export_model
 
     results = open_results()
-    card = export_model(model, out, precision=precision, outputs=outputs, preprocessing=preprocessing)
-    files = [out, f"{os.path.splitext(out)[0]}.bin"][: 2 if out.endswith(".xml") else 1]
-    entry = card.notes["exports"][os.path.splitext(out)[1]]
-    report = {"path": out, "bytes": sum(map(os.path.getsize, files)), **entry}
+    card = export_model(model, out, precision=precision, form=form, outputs=outputs, preprocessing=preprocessing)
+    path = Path(out)
+    files = [path, path.with_suffix(".bin")][: 2 if path.suffix == ".xml" else 1]
+    entry = card.notes["exports"][path.suffix]
+    report = {"path": out, "bytes": sum(file.stat().st_size for file in files), **entry}
     text = json_format.dumps(report) if json else printable(_gist(card.name, report))
     results.write(text + "\n")
     return 0

@@ -13,7 +13,7 @@ from weightnet.errors import UsageError, WeightsError
 from weightnet.export.files import PRECISIONS, PREPROCESSING, Wanted, write_files
 from weightnet.export.parity import TOLERANCE, check_parity
 from weightnet.images.transforms import Preprocess
-from weightnet.nn.fold import FoldedShuffleNetV2, fold
+from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, PROBABILITIES, open_exported
 from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
@@ -26,6 +26,7 @@ def export_model(
     out: str | os.PathLike[str],
     *,
     precision: str = "fp32",
+    form: FoldForm = "auto",
     outputs: Sequence[str] = (LOGITS,),
     preprocessing: bool = False,
     progress: bool = True,
@@ -44,6 +45,7 @@ def export_model(
         precision: "fp32"; for .onnx, .xml and .mnn "fp16", for weights kept in half precision, in a file half as
             large: the numbers computed with them are in single precision all the same; or, for .xml, "bf16": such
             weights, and numbers computed in bfloat16 where the processor has it.
+        form: how generated 1x1 layers are computed, as in `fold`.
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
@@ -78,7 +80,7 @@ def export_model(
     card, exports = _beside(out, card)
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
         # MNN 3.6 takes wrong memory for the batched product of the other form.
-        folded = fold(network, form="feature" if out.suffix == ".mnn" else "auto")
+        folded = fold(network, form="feature" if out.suffix == ".mnn" else form)
         wanted = Wanted(outputs, precision, card.preprocess.crop, inside)
         files = write_files(folded, Path(folder) / out.name, wanted)
         entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}

@@ -125,7 +125,7 @@ class FoldedShuffleNetV2(nn.Module):
 
     def __init__(self, network: ShuffleNetV2, *, matmul: bool) -> None:
         super().__init__()
-        self.spec, self.card, self.num_features = network.spec, network.card, network.num_features
+        self.spec, self.card, self.num_features, self.matmul = network.spec, network.card, network.num_features, matmul
         stem, last, head = cast(Any, (network.first_conv, network.conv_last, network.classifier))
         self.first_conv = fold_conv(stem[0], stem[1])
         groups = max(1, self.spec.G)
@@ -157,6 +157,17 @@ class FoldedShuffleNetV2(nn.Module):
         return pooled if pre_logits else self.classifier(pooled)
 
 
+def cheapest_folded_form(kernels_per_block: int) -> Literal["feature", "matmul"]:
+    """Return the faster way to compute a generated 1x1 layer whose kernels are mixed of r static ones for each block.
+
+    With O outputs, I inputs and N pixels, "feature" takes r * O * I * N multiply-adds and r * G * O * N for the gains;
+    "matmul" takes O * I * N and, to mix the kernels, r * O * I. From r = 2 on the first is the larger part by far: at
+    7 x 7 pixels and r = 2, 98 against 51 for each weight. At r = 1 both multiply alike, and what counts is that weights
+    which are the same for every photo are prepacked; docs/static.md has the times of both.
+    """
+    return "feature" if kernels_per_block == 1 else "matmul"
+
+
 @torch.no_grad()
 def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto") -> FoldedShuffleNetV2:
     """Return the deploy form of a trained network: equal numbers, static weights, no batch norm, no shuffle.
@@ -166,10 +177,11 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
     Args:
         network: a trained network; one that is folded already is returned as it is.
         form: how generated pointwise layers are computed: "feature" as static convolutions and gains, "matmul" as a
-            batched matrix product by mixed kernels; "auto" takes the first for r = 1 and the second for larger r, where
-            static convolutions would be r times the work. Plain networks have only one form.
+            batched matrix product by mixed kernels; "auto" takes the faster one, `cheapest_folded_form`. Plain networks
+            have only one form.
 
-    Raises: UsageError for another form.
+    Raises: UsageError for another form, for what is no network of this package, and for a network that is folded
+        already in another form.
 
     Example:
         >>> from weightnet.nn.variants import VARIANTS
@@ -182,10 +194,18 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
     """
     if form not in get_args(FoldForm):
         raise UsageError(f"form must be one of {', '.join(get_args(FoldForm))}. Got form={form!r}. Choose one of them.")
-    if isinstance(network, FoldedShuffleNetV2):
-        return network
+    if not isinstance(network, ShuffleNetV2 | FoldedShuffleNetV2):
+        given = type(network).__name__
+        raise UsageError(f"network must be one of this package. Got network={given}. Load one by weightnet.load.")
     spec = network.spec
-    matmul = spec.M > 0 and (form == "matmul" or (form == "auto" and spec.M > spec.G))
+    matmul = spec.M > 0 and (cheapest_folded_form(spec.M // spec.G) if form == "auto" else form) == "matmul"
+    if isinstance(network, FoldedShuffleNetV2):
+        if form != "auto" and network.matmul != matmul:
+            raise UsageError(
+                f"A network can be folded once. Got form={form!r} for one that is folded already in the other form. "
+                "Fold the network it was made of."
+            )
+        return network
     weight = next(network.parameters())
     return FoldedShuffleNetV2(network, matmul=matmul).to(weight.device, weight.dtype).eval()
 
