@@ -23,7 +23,8 @@ from weightnet.zoo.state import variant_name
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BENCHMARKS, BENCHMARK_PAGE, INT8_PAGE = ROOT / "benchmarks", ROOT / "docs/benchmark.md", ROOT / "docs/int8.md"
+BENCHMARKS = ROOT / "benchmarks"
+BENCHMARK_PAGES = [ROOT / "docs" / name for name in ("benchmark.md", "int8.md", "static.md")]
 sys.path.append(str(BENCHMARKS))  # whose scripts are no package
 
 FIGURES = {
@@ -120,25 +121,15 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-BENCHMARK_PARTS = {
-    f"{script}, {title}": functools.partial(benchmark_table, script, title)
-    for script, title in (
-        ("inference", "against the plain network"),
-        ("operators", "by kind of operator"),
-        ("inference", "against the per-sample form"),
-        ("inference", "on one core"),
-        ("inference", "on two cores"),
-    )
-}
-INT8_PARTS = {
-    f"int8, {title}": functools.partial(benchmark_table, "int8", title)
-    for title in ("accuracy", "speed on one core", "speed on two cores", "profiles")
-}
-
-
 def part_pattern(name: str) -> re.Pattern[str]:
     """Return the pattern whose second group is a part's text."""
     return re.compile(rf"(<!-- from the program: {re.escape(name)} -->\n)(.*?)(?=\n\n)", re.DOTALL)
+
+
+def benchmark_parts(path: Path) -> dict[str, Callable[[], str]]:
+    """Return the parts of a page of docs/, whose names are "SCRIPT of benchmarks/, title of a table"."""
+    names = re.findall("<!-- from the program: (.*) -->", path.read_text(encoding="utf-8"))
+    return {name: functools.partial(benchmark_table, *name.split(", ", 1)) for name in names}
 
 
 def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
@@ -154,5 +145,5 @@ def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
 
 if __name__ == "__main__":
     update(README, PARTS)
-    update(BENCHMARK_PAGE, BENCHMARK_PARTS)
-    update(INT8_PAGE, INT8_PARTS)
+    for page in BENCHMARK_PAGES:
+        update(page, benchmark_parts(page))

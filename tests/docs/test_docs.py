@@ -8,6 +8,7 @@ there, `<!-- service: name -->` for lines that start `weightnet serve` in the ba
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jsonschema_rs
 import pytest
 import skimage.data
 from cyclopts import App
@@ -209,12 +211,20 @@ def test_network_tables_are_those_of_the_zoo(updater: dict[str, Any]) -> None:
         assert written_in_readme(updater, name) == updater["PARTS"][name]()
 
 
-@pytest.mark.parametrize("name", ["benchmark", "int8"])
-def test_benchmark_tables_are_those_of_the_results(updater: dict[str, Any], name: str) -> None:
-    page, parts = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8"), updater[f"{name.upper()}_PARTS"]
-    assert re.findall("<!-- from the program: (.*) -->", page) == list(parts)
-    for title, make in parts.items():
-        assert updater["part_pattern"](title).search(page)[2] == make()
+def test_tables_of_the_docs_are_those_of_the_results(updater: dict[str, Any]) -> None:
+    for path in updater["BENCHMARK_PAGES"]:
+        page, parts = path.read_text(encoding="utf-8"), updater["benchmark_parts"](path)
+        assert parts
+        for name, make in parts.items():
+            assert updater["part_pattern"](name).search(page)[2] == make()
+
+
+def test_benchmark_results_are_of_their_schema() -> None:
+    schema, results = (
+        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
+        for name in ("inference.schema.json", "results/inference.json")
+    )
+    jsonschema_rs.validate(schema, results)
 
 
 @pytest.mark.parametrize("name", embedded_models())
