@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inference import BATCHES, SIZE_PX, THREADS, child, has_bfloat16, network_of, show
+from inference import BATCHES, SIZE_PX, THREADS, child, commit, has_bfloat16, machine, network_of, show
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0")
 OURS = ("onnxruntime", "openvino", "openvino bf16")
