@@ -30,6 +30,8 @@ def test_graph_has_constant_convolutions_and_no_shuffle(small, name):
     assert len(convolutions) >= 10
     assert all(set(node.input[1:]) <= set(constants) for node in convolutions)
     assert not {"Transpose", "BatchNormalization", "Gather", "Cast"} & set(kinds_of(model))
+    steps = [constants[node.input[3]] for node in model.graph.node if node.op_type == "Slice" and len(node.input) > 3]
+    assert all(onnx.numpy_helper.to_array(step) == 1 for step in steps)  # a shuffle by every other channel has 2
     assert {node.domain for node in model.graph.node} == {""}
 
 

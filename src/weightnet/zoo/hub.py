@@ -95,7 +95,7 @@ def find_weights(model: str | os.PathLike[str], *, progress: bool = True) -> Pat
         return path / "weights.safetensors"
     if not name or not os.path.exists(path):
         raise UnknownModelError(
-            "A model must be a name of `weightnet models`, a run folder or a weights file. "
+            "A model must be a name of `weightnet models`, a run folder, a weights file or an exported file. "
             f"Got model={name!r}. {nearest(name, list_models()) or 'See `weightnet models` for the names.'}"
         )
     return path
