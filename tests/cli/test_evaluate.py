@@ -155,7 +155,7 @@ def test_evaluate_measures_at_the_size_that_is_asked_for(weightnet, labelled, ru
         (["--crop", "8"], 2, "at least 32 px"),
         (["--resize", "0"], 2, "usage: resize must be a whole number of at least 1"),
         (["--batch-size", "0"], 2, "usage: batch_size must be"),
-        (["--engine", "torhc"], 2, "Did you mean torch?"),
+        (["--engine", "torhc"], 2, "Did you mean torch"),
         (["--device", "cuda:77"], 2, "usage: device must be one"),
         (["--report", "page.pdf"], 2, "usage: The report's suffix must be .html. Got report='page.pdf'."),
         (["--report", "no/such/page.html"], 2, "usage: The report must be a file in a folder that exists."),

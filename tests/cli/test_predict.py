@@ -136,7 +136,7 @@ def test_predict_refuses_a_closed_standard_input(weightnet, monkeypatch):
     [
         (["-k", "0"], "k must be a whole number of at least 1"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
-        (["--engine", "torhc"], "Did you mean torch?"),
+        (["--engine", "torhc"], "Did you mean torch"),
         (["--device", "cuda:77"], "device must be one"),
         (["--json", "--csv"], "The output must have one form. Got --json and --csv."),
         (["--model", "tiny"], "--model specified multiple times"),
