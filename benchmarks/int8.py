@@ -32,7 +32,9 @@ from typing import Any
 
 import numpy as np
 from inference import BATCHES, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
-from int8_graphs import Photos, placed_by_nncf, places_at_inputs, places_where_made, quantised
+from int8_graphs import placed_by_nncf, places_at_inputs
+
+from weightnet.export.int8 import Photos, quantise
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
 STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
@@ -77,15 +79,15 @@ def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
     network = network_of(name)
     model, _ = graph_of(network, folder)
     low = "bf16" if has_bfloat16() else "f32"
-    int8 = quantised(model, places_where_made, noise)
+    int8 = quantise(model, noise)
     variants = {"float32": (model, "f32"), "bfloat16": (model, low), "int8": (int8, low)}
     if plain_twin(STUDIED) != plain_twin(name):
         return variants
     variants["int8, rest float32"] = (int8, "f32")
-    variants["int8, at each input"] = (quantised(model, places_at_inputs, noise), low)
+    variants["int8, at each input"] = (quantise(model, noise, find=places_at_inputs), low)
     if name == STUDIED:
         late, _ = graph_of(network, folder, late_gain=True)
-        variants["int8, late gain"] = (quantised(late, places_where_made, noise), low)
+        variants["int8, late gain"] = (quantise(late, noise), low)
     by_nncf = placed_by_nncf(model, noise)
     return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
 
@@ -210,11 +212,11 @@ def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
     photos, labels = photos_of(network.card, data / "train", CALIBRATED + CHOSEN_ON)
     calibration, chosen_on = photos[:CALIBRATED], (photos[CALIBRATED:], labels[CALIBRATED:])
     low = "bf16" if has_bfloat16() else "f32"
-    graphs = {tail: quantised(model, places_where_made, calibration, tail=tail) for tail in TAILS}
+    graphs = {tail: quantise(model, calibration, tail=tail) for tail in TAILS}
     choice = {tail: top1(graph, low, *chosen_on) for tail, graph in graphs.items()}
     tail = max(TAILS, key=lambda tail: choice[tail])
     photos, labels = photos_of(network.card, data / "val", None)
-    at_inputs = quantised(model, places_at_inputs, calibration, tail=tail)
+    at_inputs = quantise(model, calibration, find=places_at_inputs, tail=tail)
     variants = {
         "float32": (model, "f32"),
         "bfloat16": (model, low),

@@ -1,6 +1,8 @@
 from importlib.util import find_spec
 
+import cv2
 import pytest
+import skimage.data
 
 from weightnet.zoo.cards import read_card
 
@@ -50,13 +52,29 @@ def test_export_puts_the_preprocessing_inside(weightnet, run_folder, photos):
     assert rows[0]["top"][0]["probability"] == pytest.approx(expected[0]["top"][0]["probability"], abs=1e-5)
 
 
+def test_export_calibrates_on_photos_and_says_so(weightnet, photos):
+    coffee = skimage.data.coffee()[:, :, ::-1]
+    for number in range(32):
+        cv2.imwrite(f"photo{number}.jpg", coffee[5 * number :, 8 * number :])
+    options = ("--precision", "int8", "--calibration", "photo*.jpg", "missing.jpg")
+    outcome = weightnet("export", "default", "net.xml", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    *_, error, calibrated = outcome.out.splitlines()
+    assert error.endswith(" of the root mean square (allowed: 3e-01)")
+    assert calibrated.startswith("  calibrated  on 32 photos (1 more could not be read); same class as the network: ")
+    assert weightnet("predict", "photo0.jpg", "--model", "net.xml", "--json").rows[0]["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["missing", "net.onnx"], "unknown model: "),
         (["run", "net.tflite"], "usage: The output's suffix must be one of .onnx, .xml, .pt2, .pte, .mnn. Got"),
         (["run", "no/such/folder/net.onnx"], "usage: The output's folder must exist"),
-        (["run", "net.onnx", "--precision", "int8"], "usage: "),
+        (["run", "net.onnx", "--precision", "int8"], "usage: precision must be fp32 or fp16 for .onnx"),
+        (["run", "net.xml", "--precision", "int8"], "usage: calibration must be given for int8"),
+        (["run", "net.xml", "--calibration", "a.jpg"], "usage: calibration must go with precision='int8'"),
+        (["run", "net.xml", "--precision", "int8", "--calibration", "a.jpg"], "usage: calibration must be at least 32"),
         (["run", "net.onnx", "--outputs", "probabilities"], "usage: "),
         (["shufflenet_v2_x0_5.plain", "net.onnx"], "usage: Published weights must exist"),
     ],

@@ -78,12 +78,16 @@ def marked(kind: str) -> list[Block]:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run a page in: examples/, configs/, photos/ and a data set of two classes in pets/."""
+    """A folder to run a page in: examples/, configs/, photos/, a data set of two classes in pets/, training_photos/."""
     for folder in ("examples", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "photos").mkdir()
     coffee = cv2.cvtColor(skimage.data.coffee(), cv2.COLOR_RGB2BGR)
     cv2.imwrite(str(tmp_path / "photos/coffee.png"), coffee)
+    (tmp_path / "training_photos").mkdir()
+    for number in range(32):
+        piece = coffee[20 * (number // 8) :, 30 * (number % 8) :]
+        cv2.imwrite(str(tmp_path / f"training_photos/{number}.jpg"), piece)
     for split, copies in (("train", 4), ("val", 1)):
         for name, photo in (("cat", cv2.imread(str(ROOT / "examples/cat.png"))), ("coffee", coffee)):
             (tmp_path / "pets" / split / name).mkdir(parents=True)

@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError, WeightsError
 from weightnet.export.graph import build_graph
+from weightnet.export.int8 import quantise
 from weightnet.export.preprocessing import add_preprocessing
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
@@ -31,7 +34,7 @@ from weightnet.predict.exported import (
 # The precisions of each kind of file.
 PRECISIONS = {
     ".onnx": ("fp32", "fp16"),
-    ".xml": ("fp32", "fp16", "bf16"),
+    ".xml": ("fp32", "fp16", "bf16", "int8"),
     ".pt2": ("fp32",),
     ".pte": ("fp32",),
     ".mnn": ("fp32", "fp16"),
@@ -52,12 +55,14 @@ class Wanted:
         precision: one of its suffix's `PRECISIONS`.
         crop: edge of the photos, in pixels, of which a file of fixed size takes one.
         preprocess: the network's own, where it goes into the file; of `PREPROCESSING` alone.
+        photos: by which int8 is calibrated, as the file takes them.
     """
 
     outputs: Sequence[str]
     precision: str
     crop: int
     preprocess: Preprocess | None = None
+    photos: npt.NDArray[Any] | None = None
 
 
 def write_files(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
@@ -89,10 +94,12 @@ def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list
 def _write_openvino(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
     converted = read_openvino(graph)
+    if wanted.photos is not None:
+        converted = quantise(converted, wanted.photos)
 
     import openvino
 
-    openvino.save_model(converted, path, compress_to_fp16=wanted.precision != "fp32")
+    openvino.save_model(converted, path, compress_to_fp16=wanted.precision in ("fp16", "bf16"))
     return [path.with_suffix(".bin"), path]
 
 

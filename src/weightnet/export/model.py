@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
 from weightnet.export.files import PRECISIONS, PREPROCESSING, Wanted, write_files
-from weightnet.export.parity import TOLERANCE, check_parity
+from weightnet.export.int8 import read_calibration
+from weightnet.export.parity import INT8_TOLERANCE, LEAST_AGREEMENT, TOLERANCE, check_int8, check_parity
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.predict.engines import Engine
 from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, PROBABILITIES, open_exported
 from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
 from weightnet.zoo.state import variant_name
@@ -29,6 +34,7 @@ def export_model(
     form: FoldForm = "auto",
     outputs: Sequence[str] = (LOGITS,),
     preprocessing: bool = False,
+    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     progress: bool = True,
 ) -> Card:
     """Write a network, folded, as a file for another runtime, and its card beside it.
@@ -44,7 +50,8 @@ def export_model(
         out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn.
         precision: "fp32"; for .onnx, .xml and .mnn "fp16", for weights kept in half precision, in a file half as
             large: the numbers computed with them are in single precision all the same; or, for .xml, "bf16": such
-            weights, and numbers computed in bfloat16 where the processor has it.
+            weights, and numbers computed in bfloat16 where the processor has it; or "int8": convolutions in 8-bit
+            integers, of plain networks and those with one kernel for each block of inputs (r = 1).
         form: how generated 1x1 layers are computed, as in `fold`.
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
@@ -52,12 +59,15 @@ def export_model(
         preprocessing: whether an .onnx or .xml file takes photos that are only resized and cropped, (B, H, W, 3) uint8
             of blue, green and red, normalises them itself, and gives "probabilities" too. Its card says that it takes
             raw pixels.
+        calibration: photos, folders and patterns as `weightnet predict` takes them, for int8: at least 32 photos, of
+            which up to 256 are used. They are prepared as the card says, and tell the range of each feature map.
         progress: whether a download shows a progress bar on standard error.
 
     Returns: the card; its `notes["exports"]` say what was compared.
 
     Raises:
-        UsageError: an unknown suffix, precision or output, no such folder, or a card of another model in its place.
+        UsageError: an unknown suffix, precision or output, no such folder, a card of another model in its place, a
+            network that int8 is not for, or fewer than 32 photos that can be read for it.
         UnknownModelError: no model of this name.
         WeightsError: the weights cannot be read, or the file does not give the network's numbers or cannot be written.
         DownloadError: the weights cannot be fetched.
@@ -73,32 +83,36 @@ def export_model(
     """
     out = Path(out)
     outputs = _check_options(out, precision, outputs)
+    _check_calibration(precision, calibration)
     network, card = _network(model, progress)
-    inside = _inside(out, card) if preprocessing else None
+    inside, own = _inside(out, card) if preprocessing else None, card.preprocess
     if inside:
         card = dataclasses.replace(card, preprocess=_without_normalising(inside))
     card, exports = _beside(out, card)
+    # MNN 3.6 takes wrong memory for the batched product of the other form.
+    folded = fold(network, form="feature" if out.suffix == ".mnn" else form)
+    entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
+    if inside:
+        entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
+    crops: list[npt.NDArray[np.uint8]] = []
+    if calibration is not None:
+        _check_quantisable(folded)
+        crops, unreadable = read_calibration(calibration, own)
+        entry["calibration"] = {"photos": len(crops), "unreadable": unreadable}
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
-        # MNN 3.6 takes wrong memory for the batched product of the other form.
-        folded = fold(network, form="feature" if out.suffix == ".mnn" else form)
-        wanted = Wanted(outputs, precision, card.preprocess.crop, inside)
-        files = write_files(folded, Path(folder) / out.name, wanted)
-        entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
-        if inside:
-            entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
+        photos = np.stack(crops if inside else [own.normalize(crop) for crop in crops]) if crops else None
+        files = write_files(folded, Path(folder) / out.name, Wanted(outputs, precision, own.crop, inside, photos))
         card = dataclasses.replace(card, notes={**card.notes, "exports": exports | {out.suffix: entry}})
         write_card(card, card_path(files[-1]))  # from which the engine takes the precision
-        errors = check_parity(
-            network,
-            open_exported(files[-1]),
-            precision=precision,
-            preprocess=inside,
-            other_size=out.suffix not in FIXED_SIZE,
-        )
+        engine = open_exported(files[-1])
+        if crops:
+            entry |= _figures_of_int8(network, engine, crops, own)
+        else:
+            others = out.suffix not in FIXED_SIZE
+            errors = check_parity(network, engine, precision=precision, preprocess=inside, other_size=others)
+            entry |= {"largest_error": _rounded(errors), "allowed_error": TOLERANCE[precision]}
         runtime = EXPORTED[out.suffix][0]
         entry |= {
-            "largest_error": {name: float(f"{error:.2g}") for name, error in errors.items()},
-            "allowed_error": TOLERANCE[precision],
             "checked_in": f"{runtime} {importlib.metadata.version(runtime)}",
             "exporter": f"weightnet {__version__}",
         }
@@ -126,6 +140,53 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
     if unknown or isinstance(outputs, str):
         raise UsageError(f"outputs must be names from {', '.join(OUTPUTS)}. Got outputs={outputs!r}. Choose of them.")
     return tuple(name for name in OUTPUTS if name == LOGITS or name in outputs)
+
+
+def _check_calibration(precision: str, calibration: object) -> None:
+    if precision == "int8" and calibration is None:
+        raise UsageError(
+            "calibration must be given for int8. Got none. Give photos, folders or patterns, of photos such as the "
+            "network was trained on."
+        )
+    if precision != "int8" and calibration is not None:
+        raise UsageError(
+            f"calibration must go with precision='int8'. Got precision={precision!r}. Leave it out, or choose int8."
+        )
+
+
+def _check_quantisable(folded: FoldedShuffleNetV2) -> None:
+    spec = folded.spec
+    if spec.in_channels != 3:
+        raise UsageError(
+            "A network must take 3 channels to be calibrated on photos. "
+            f"Got in_channels={spec.in_channels}. Choose another precision."
+        )
+    if spec.M > spec.G or folded.matmul:
+        raise UsageError(
+            "For int8 a network must be plain, or have one kernel for each block of inputs (r = 1), in feature form: "
+            "others mix the weights of their 1x1 layers anew for each photo, so there are none to round beforehand. "
+            f"Got M={spec.M}, G={spec.G}, form={'matmul' if folded.matmul else 'feature'}. Choose bf16."
+        )
+
+
+def _figures_of_int8(
+    network: ShuffleNetV2 | FoldedShuffleNetV2,
+    engine: Engine,
+    crops: Sequence[npt.NDArray[np.uint8]],
+    preprocess: Preprocess,
+) -> dict[str, Any]:
+    """Return what the comparison of a file of 8-bit integers says, for the card."""
+    errors, agreement = check_int8(network, engine, crops, preprocess)
+    return {
+        "largest_error": _rounded(errors),
+        "allowed_error": INT8_TOLERANCE,
+        "top1_agreement": round(agreement, 4),
+        "least_top1_agreement": LEAST_AGREEMENT,
+    }
+
+
+def _rounded(errors: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{error:.2g}") for name, error in errors.items()}
 
 
 def _network(

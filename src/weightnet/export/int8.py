@@ -1,0 +1,209 @@
+"""A network in 8-bit integers for OpenVINO: where feature maps are rounded, to what range, and photos to tell it by.
+
+OpenVINO computes in integers from where a map is rounded: it moves the rounding into the step before, and the scales
+into those after. Weights have a scale for each output channel, feature maps one each. Gates, gains and sums stay in
+floating point; so does whatever comes behind the last convolution.
+
+Source: docs/int8.md says why the places are these, and measures others.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from weightnet.errors import ImageError, UsageError
+from weightnet.images.decode import read_image
+from weightnet.images.transforms import Preprocess
+from weightnet.predict.exported import usable_cores
+from weightnet.predict.inputs import find_images
+
+LEAST_PHOTOS, MOST_PHOTOS = 32, 256
+_BATCH = 32
+
+_MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat")  # operators that only move values
+_SAMPLED = 11  # every 11th value is enough to tell the range
+_SMALLEST = 1e-6  # of a range or a weight, where all values are zeros
+
+Graph: TypeAlias = Any  # openvino.Model
+Photos: TypeAlias = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Place:
+    """Where a feature map is rounded: an output of the graph, which of its consumers get it so, and the range.
+
+    Args:
+        output: of a step of the graph.
+        targets: inputs of the steps that take the rounded map.
+        low: the smallest value that is kept.
+        high: the largest.
+    """
+
+    output: Any
+    targets: list[Any]
+    low: float = 0.0
+    high: float = 0.0
+
+
+def read_calibration(
+    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], preprocess: Preprocess
+) -> tuple[list[npt.NDArray[np.uint8]], int]:
+    """Return photos, resized and cropped, and how many others could not be read.
+
+    Args:
+        calibration: photos, folders and patterns, as `find_images` takes them. Of more than 256 photos as many are
+            taken, evenly.
+        preprocess: the network's own.
+
+    Raises: UsageError where something stands for no photo, or fewer than 32 can be read.
+    """
+    given = [calibration] if isinstance(calibration, str | os.PathLike) else list(calibration)
+    reports: list[str] = []
+    paths = list(find_images([os.fspath(path) for path in given], report=reports.append))
+    if reports:
+        raise UsageError(f"calibration must name photos. Got {reports[0]} Give photos, folders or quoted patterns.")
+    count = min(len(paths), MOST_PHOTOS)
+    paths = [paths[number * len(paths) // count] for number in range(count)]
+
+    def crop(path: str) -> npt.NDArray[np.uint8] | str:
+        try:
+            return preprocess.crop_uint8(read_image(path))
+        except ImageError as error:
+            return f"{path}: {error}"
+
+    with ThreadPoolExecutor(usable_cores()) as threads:
+        read = list(threads.map(crop, paths))
+    crops, errors = [x for x in read if not isinstance(x, str)], [x for x in read if isinstance(x, str)]
+    if len(crops) < LEAST_PHOTOS:
+        unreadable = f", and {len(errors)} that cannot be read ({errors[0]})" if errors else ""
+        raise UsageError(
+            f"calibration must be at least {LEAST_PHOTOS} photos. Got {len(crops)}{unreadable}. "
+            "Give more, of the kind that the network was trained on."
+        )
+    return crops, len(errors)
+
+
+def places_where_made(model: Graph) -> list[Place]:
+    """Return a place behind each step that makes what convolutions take, however it is cut and joined in between."""
+    places = {}
+    for conv in convolutions(model):
+        todo = [conv.input_value(0)]
+        while todo:
+            output = todo.pop()
+            node = output.get_node()
+            if node.get_type_name() in _MOVES:
+                joined = node.inputs() if node.get_type_name() == "Concat" else [node.input(0)]
+                todo += [value.get_source_output() for value in joined]
+            else:
+                places[node.get_friendly_name()] = Place(output, list(output.get_target_inputs()))
+    return list(places.values())
+
+
+def convolutions(model: Graph) -> list[Any]:
+    """Return the convolutions of a graph."""
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")]
+
+
+def quantise(
+    model: Graph, photos: Photos, *, find: Callable[[Graph], list[Place]] = places_where_made, tail: float = 0.0
+) -> Graph:
+    """Return a graph with feature maps rounded at places, and the weights of all convolutions as 8-bit integers.
+
+    Args:
+        model: a graph of `build_graph`, read by OpenVINO; it is not changed.
+        photos: what tells the ranges, as the graph takes it.
+        find: returns the places of a graph.
+        tail: the share of a map's values at each end that is cut off.
+    """
+    model = model.clone()
+    places = find(model)
+    _calibrate(model, places, photos, tail)
+    for place in places:
+        _round_map(place)
+    for conv in convolutions(model):
+        _round_weights(conv)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _calibrate(model: Graph, places: list[Place], photos: Photos, tail: float) -> None:
+    """Set the range of each place: that of its values, as the mean over batches; joined ones have the same."""
+    import openvino
+
+    measured = model.clone()
+    steps = {node.get_friendly_name(): node for node in measured.get_ordered_ops()}
+    measured.add_outputs(
+        [steps[place.output.get_node().get_friendly_name()].output(place.output.get_index()) for place in places]
+    )
+    compiled = openvino.Core().compile_model(measured, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    bounds = []
+    for batch in np.array_split(photos, -(-len(photos) // _BATCH)):
+        results = compiled(batch)
+        values = [results[number + len(model.outputs)].ravel()[::_SAMPLED] for number in range(len(places))]
+        bounds.append([np.quantile(value, (tail, 1 - tail)) for value in values])
+    for place, (low, high) in zip(places, np.mean(bounds, 0), strict=True):
+        place.low, place.high = float(low), float(high)
+    for joined in _joined_places(places):
+        low, high = min(place.low for place in joined), max(place.high for place in joined)
+        for place in joined:
+            place.low, place.high = low, high
+
+
+def _joined_places(places: list[Place]) -> list[list[Place]]:
+    """Return the places in sets: those of one set meet in concatenations, which one scale spares a conversion."""
+    sets: list[tuple[list[Place], set[str]]] = []
+    for place in places:
+        met, todo = set(), [target.get_node() for target in place.targets]
+        while todo:
+            node = todo.pop()
+            if node.get_type_name() not in _MOVES or node.get_output_partial_shape(0).rank.get_length() != 4:
+                continue
+            if node.get_type_name() == "Concat":
+                met.add(node.get_friendly_name())
+            todo += [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
+        together, rest = [place], []
+        for members, names in sets:
+            if names & met:
+                together, met = together + members, met | names
+            else:
+                rest.append((members, names))
+        sets = [*rest, (together, met)]
+    return [members for members, _ in sets]
+
+
+def _round_map(place: Place) -> None:
+    """Round a map to 256 levels: from zero, or, where it has negative values, those of signed bytes."""
+    from openvino import opset13
+
+    low, high = 0.0, max(place.high, _SMALLEST)
+    if place.low < 0:
+        high = max(-place.low, high)
+        low = -high * 128 / 127
+    bounds = [opset13.constant(np.float32(bound)) for bound in (low, high, low, high)]
+    rounded = opset13.fake_quantize(place.output, *bounds, 256)
+    for target in place.targets:
+        target.replace_source_output(rounded.output(0))
+
+
+def _round_weights(conv: Any) -> None:
+    """Keep a convolution's weight as bytes and a scale for each output channel."""
+    from openvino import opset13
+
+    weight = _constant_of(conv.input_value(1))
+    axes = tuple(range(2 if conv.get_type_name() == "GroupConvolution" else 1, weight.ndim))
+    scale = np.maximum(np.abs(weight).max(axes, keepdims=True), np.float32(_SMALLEST)) / np.float32(127)
+    bytes_ = opset13.constant(np.rint(weight / scale).astype(np.int8))
+    scaled = opset13.multiply(opset13.convert(bytes_, "f32"), opset13.constant(scale))
+    conv.input(1).replace_source_output(scaled.output(0))
+
+
+def _constant_of(output: Any) -> npt.NDArray[np.float32]:
+    """Return a convolution's weight."""
+    node = output.get_node()
+    source = node if node.get_type_name() == "Constant" else node.input_value(0).get_node()  # a reshaped one
+    return np.ascontiguousarray(source.data, np.float32).reshape(list(output.get_shape()))
