@@ -164,7 +164,7 @@ def _figures_by_source(
     }
 
 
-def described(run: Card, name: str, knows: str, commands: list[str]) -> Card:
+def described(run: Card, name: str, knows: str, tried: str, commands: list[str]) -> Card:
     """Return the card of the embedded model, as yet without figures.
 
     Raises: UsageError where the run is not finished, is without terms, or a text names a folder of this machine.
@@ -179,11 +179,15 @@ def described(run: Card, name: str, knows: str, commands: list[str]) -> Card:
             raise UsageError(f"A card must name no folder of one machine. Got {text!r}. Give paths in the repository.")
     made_by = {**run.made_by, "commands": commands, "config": config}
     del made_by["command"]
-    notes = {"knows": knows, "precision": "float16; arrays of one axis in float32"}
+    notes = {"knows": knows, "precision": "float16; arrays of one axis in float32"} | (
+        {"tried": tried} if tried else {}
+    )
     return dataclasses.replace(run, name=name, measured={}, made_by=made_by, notes=notes)
 
 
-def embed(run: Path, data: Path, *, name: str, photos_name: str, knows: str, commands: list[str], out: Path) -> Card:
+def embed(
+    run: Path, data: Path, *, name: str, photos_name: str, knows: str, tried: str, commands: list[str], out: Path
+) -> Card:
     """Write the weights, the exported model and the card of the embedded model and return the card.
 
     Raises:
@@ -191,7 +195,7 @@ def embed(run: Path, data: Path, *, name: str, photos_name: str, knows: str, com
         UsageError: the run cannot be embedded.
         WeightsError: the run cannot be read.
     """
-    card = described(read_card(run / "weights.json"), name, knows, commands)
+    card = described(read_card(run / "weights.json"), name, knows, tried, commands)
     notes = dict(card.notes)
     if (data / PHOTO_TABLE).exists():
         photos, classes = read_everyday112(data)
@@ -260,13 +264,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder with a folder of photos per class")
     parser.add_argument("--photos", default="Everyday-112", help="what the photos are called (default: %(default)s)")
     parser.add_argument("--knows", default=EVERYDAY_112, help="what the model knows (default: %(default)s)")
+    parser.add_argument("--tried", default="", help="what else was tried and what it gave, for the card")
     parser.add_argument(
         "--command", action="append", required=True, help="a command that made DATA or RUN, for the card; repeat it"
     )
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of the result (default: in the package)")
     arguments = parser.parse_args(argv)
     own = ["python", "scripts/embed_model.py", arguments.name, str(arguments.run), str(arguments.data)]
-    for option in ("photos", "knows"):
+    for option in ("photos", "knows", "tried"):
         if getattr(arguments, option) != parser.get_default(option):
             own += [f"--{option}", getattr(arguments, option)]
     try:
@@ -276,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             name=arguments.name,
             photos_name=arguments.photos,
             knows=arguments.knows,
+            tried=arguments.tried,
             commands=[*arguments.command, shlex.join(own)],
             out=arguments.out,
         )

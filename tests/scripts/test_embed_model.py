@@ -183,7 +183,7 @@ def test_embed_takes_a_folder_of_photos_by_class(
     monkeypatch.chdir(tmp_path)
     assert script.main(["default", "run", "data", *COMMANDS, "--out", "of_tables"]) == 0
     (data / "photos.csv").unlink()
-    options = ["--photos", "Six", "--knows", "six kinds of noise"]
+    options = ["--photos", "Six", "--knows", "six kinds of noise", "--tried", "five"]
     assert script.main(["six", "run", "data", *COMMANDS, *options, "--out", "of_folders"]) == 0
     one, two = read_card("of_tables/default.json"), read_card("of_folders/six.json")
     common = ("photos", "top1", "top5", "class_averaged_top1", "loss", "ece")
@@ -191,7 +191,8 @@ def test_embed_takes_a_folder_of_photos_by_class(
         "on": "the validation photos of Six, none of which was trained on"
     }
     assert (two.name, two.notes["knows"], "lenient" in two.notes) == ("six", "six kinds of noise", False)
-    own = "python scripts/embed_model.py six run data --photos Six --knows 'six kinds of noise'"
+    assert (one.notes.get("tried"), two.notes["tried"]) == (None, "five")
+    own = "python scripts/embed_model.py six run data --photos Six --knows 'six kinds of noise' --tried five"
     assert two.made_by["commands"][-1] == own
 
 
