@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-1, "bf16": 2e-1}
 
 # The same for 8-bit integers, as a fraction of root mean squares, and the share of photos that must get the same class.
-# The embedded network, trained, is off by up to 0.13 and gives all photos their class; where one convolution has its
-# scales one channel off, by 2 at the network's beginning and by 0.34 in its middle. Networks of random weights, which
-# amplify all rounding, are off by 0.2 to 0.8.
+# Five trained networks were off by up to 0.16 and gave 86% (one of 100 classes) to 100% of the photos their class; the
+# embedded one, with the scales of one convolution one channel off, by 2 at its beginning and by 0.34 in its middle.
+# Networks of random weights, which amplify all rounding, are off by 0.2 to 0.8.
 INT8_TOLERANCE = 0.3
-LEAST_AGREEMENT = 0.8
+LEAST_AGREEMENT = 0.7
 CHECKED_PHOTOS = 64
 
 BATCHES = (1, 2, 5)
