@@ -11,11 +11,11 @@ What is kept, exactly:
 - Photos are the files directly in a class folder whose name ends in `.jpg` or `.jpeg`, in either case.
 - A photo is left out when Pillow cannot decode it whole (a truncated one counts as undecodable, and so does one over
   89 megapixels), when a side is under 60 px, or when a photo kept before, of any class, has the same bytes.
+- Of the cats and of the dogs the first 3,000 that remain are kept.
 - Imagenette keeps its own split. Elsewhere a photo is for validation when the first 32 bits of the SHA-256 of its
-  file, as a big-endian number, modulo 100 are below 15; cats after the 3,000th that is kept, and dogs likewise, are all
-  for training.
+  file, as a big-endian number, modulo 100 are below 15.
 
-This gives 40,562 photos for training and 6,051 for validation from the published collections.
+This gives 21,585 photos for training and 6,051 for validation from the published collections.
 
 Overlaps that stay, since each class keeps its publisher's labels: Caltech-101's `dalmatian` shows dogs and its
 `wild_cat` some house cats; Imagenette's English springer is a dog too; `lotus` has water lilies; `electric_guitar`
@@ -46,13 +46,13 @@ from pathlib import Path
 from weightnet.errors import DataError, UsageError, WeightNetError
 
 CLASS_TABLE = Path(__file__).with_name("everyday112_classes.csv")
-EXPECTED_PHOTOS = {"train": 40_562, "val": 6_051}
+EXPECTED_PHOTOS = {"train": 21_585, "val": 6_051}
 SUFFIXES = (".jpg", ".jpeg")
 MIN_SIDE_PX = 60
-SPLIT_PETS = 3_000
+MAX_PETS = 3_000
 VALIDATION_PERCENT = 15
 PROCESSES = 2
-CHUNK_PHOTOS = 256  # photos handed to the pool at once: bounds memory
+CHUNK_PHOTOS = 256  # photos handed to the pool at once: bounds memory, and what is read beyond the 3,000th cat
 
 SOURCES_HELP = """\
 where the photos come from, and their terms:
@@ -84,15 +84,12 @@ class PhotoClass:
 
 @dataclasses.dataclass(frozen=True)
 class PhotoFolder:
-    """A folder of a collection: its photos belong to one class and, in Imagenette, to one split.
-
-    Of the others the first `split_photos` are split, or all where that is None; the rest are for training.
-    """
+    """A folder of a collection: its photos belong to one class and, in Imagenette, to one split."""
 
     photo_class: PhotoClass
     path: Path
     split: str | None = None
-    split_photos: int | None = None
+    limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +148,7 @@ def photo_folders(classes: list[PhotoClass], pets: Path, caltech: Path, imagenet
             row,
             found[place][row.folder],
             split=place if place in EXPECTED_PHOTOS else None,
-            split_photos=SPLIT_PETS if place == "pets" else None,
+            limit=MAX_PETS if place == "pets" else None,
         )
         for row, place in wanted
     ]
@@ -183,15 +180,18 @@ def photos_in(folder: Path) -> list[Path]:
 
 
 def kept_photos(folder: PhotoFolder, pool: Executor, seen: set[str], left_out: Counter[str]) -> Iterator[Look]:
-    """Yield the photos of a folder that are kept; note them in `seen`, the others in `left_out`."""
-    paths = photos_in(folder.path)
+    """Yield the photos of a folder that are kept, up to its limit; note them in `seen`, the others in `left_out`."""
+    paths, kept = photos_in(folder.path), 0
     for start in range(0, len(paths), CHUNK_PHOTOS):
         for look in pool.map(look_at, paths[start : start + CHUNK_PHOTOS], chunksize=16):
+            if kept == folder.limit:
+                return
             fault = look.fault or ("repeated" if look.sha256 in seen else None)
             if fault is not None:
                 left_out[fault] += 1
                 continue
             seen.add(look.sha256)
+            kept += 1
             yield look
 
 
@@ -229,9 +229,8 @@ def fill(out: Path, folders: list[PhotoFolder], pool: Executor) -> Totals:
         table.writerow(("split", "folder", "file", "source", "source_path", "sha256"))
         for folder in folders:
             name, source = folder.photo_class.folder, folder.photo_class.source
-            for number, look in enumerate(kept_photos(folder, pool, seen, totals.left_out)):
-                beyond = folder.split_photos is not None and number >= folder.split_photos
-                split = folder.split or ("train" if beyond else split_of(look.sha256))
+            for look in kept_photos(folder, pool, seen, totals.left_out):
+                split = folder.split or split_of(look.sha256)
                 file_name = look.path.name if source == "imagenette" else f"{name}_{look.path.name}"
                 link_or_copy(look.path, out / split / name / file_name)
                 source_path = "/".join(look.path.parts[-3 if folder.split else -2 :])

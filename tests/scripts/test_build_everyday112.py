@@ -225,19 +225,19 @@ def test_build_ignores_categories_that_are_not_classes(sources: Sources, tmp_pat
     assert sources.build(tmp_path / "out", pool) == []
 
 
-def test_build_splits_the_first_kept_pets_and_trains_on_the_others(
+def test_build_stops_at_the_limit_of_kept_pets(
     sources: Sources, tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources.script, "SPLIT_PETS", 3)
-    monkeypatch.setattr(sources.script, "split_of", lambda sha256: "val")
+    monkeypatch.setattr(sources.script, "MAX_PETS", 3)
+    monkeypatch.setattr(sources.script, "CHUNK_PHOTOS", 2)
     for name, seed in (("1", 0), ("2", 0), ("3", 1), ("4", 2), ("5", 3)):  # 2 repeats 1, and does not count
         sources.add(f"pets/Cat/{name}.jpg", picture(seed))
     for seed in range(4, 9):
         sources.add(f"pets/Dog/{seed}.jpg", picture(seed))
         sources.add(f"caltech/ant/{seed}.jpg", picture(10 + seed))
     rows = sources.build(tmp_path / "out", pool)
-    assert kept_paths([row for row in rows if row["split"] == "train"]) == ["Cat/5.jpg", "Dog/7.jpg", "Dog/8.jpg"]
-    assert len(rows) == 4 + 5 + 5  # Caltech is split as a whole
+    assert kept_paths(rows)[:6] == ["Cat/1.jpg", "Cat/3.jpg", "Cat/4.jpg", "Dog/4.jpg", "Dog/5.jpg", "Dog/6.jpg"]
+    assert len(rows) == 6 + 5  # Caltech has no limit
 
 
 def test_build_links_and_does_not_copy(sources: Sources, tmp_path: Path, pool: Executor) -> None:
@@ -305,10 +305,10 @@ def test_build_wants_folders(sources: Sources, tmp_path: Path, pool: Executor) -
 
 def test_summary_warns_of_other_totals_only(script: ModuleType) -> None:
     totals = script.Totals()
-    totals.kept.update({("pets", "train"): 40_562, ("imagenette", "val"): 6_051})
+    totals.kept.update({("pets", "train"): 21_585, ("imagenette", "val"): 6_051})
     assert "warning" not in script.summary(totals)
     totals.kept["pets", "val"] += 1
-    assert "warning: the published collections give 40562 and 6051 photos" in script.summary(totals)
+    assert "warning: the published collections give 21585 and 6051 photos" in script.summary(totals)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
