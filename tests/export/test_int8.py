@@ -11,9 +11,10 @@ import skimage.data
 
 from weightnet import load
 from weightnet.errors import UsageError, WeightsError
-from weightnet.export import files, int8
+from weightnet.export import files, int8, parity
 from weightnet.export.model import export_model
 from weightnet.images.transforms import Preprocess
+from weightnet.nn.fold import fold
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.exported import OUTPUTS, open_exported
 from weightnet.zoo.cards import read_card
@@ -143,6 +144,15 @@ def test_int8_refuses_to_write_a_file_that_swaps_classes(trained, photos, tmp_pa
         export_model(trained, tmp_path / "net.xml", precision="int8", calibration=photos)
 
 
+def test_int8_refuses_to_write_a_file_that_names_other_classes_though_its_numbers_are_near(
+    trained, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parity, "LEAST_AGREEMENT", 1.01)  # which none reaches
+    with pytest.raises(WeightsError, match="off in nothing and agrees on "):
+        export_model(trained, tmp_path / "net.xml", precision="int8", calibration=photos)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "out", "options", "message"),
     [
@@ -196,7 +206,7 @@ def test_calibration_refuses_too_few_photos_and_inputs_without_any(photos, tmp_p
 
 
 def test_joined_maps_share_a_range_that_holds_each(small, make_pictures):
-    model = openvino.Core().read_model(files.build_graph(files_folded(small("r1")), ["logits"]).SerializeToString())
+    model = openvino.Core().read_model(files.build_graph(fold(small("r1")), ["logits"]).SerializeToString())
     places = int8.places_where_made(model)
     int8._calibrate(model, places, make_pictures(4, 3, 64, 64).float().numpy(), 0.0)
     joined = int8._joined_places(places)
@@ -204,9 +214,3 @@ def test_joined_maps_share_a_range_that_holds_each(small, make_pictures):
     assert max(map(len, joined)) > 1
     assert all(len({(place.low, place.high) for place in members}) == 1 for members in joined)
     assert all(place.low <= 0 < place.high or place.low >= 0 for place in places)
-
-
-def files_folded(network):
-    from weightnet.nn.fold import fold
-
-    return fold(network)
