@@ -43,8 +43,8 @@ PROBABILITIES = "probabilities"  # of a file that has the preprocessing in it
 
 MIN_SIZE_PX = 32  # as the networks of this package have it
 MAX_EXPORTED_BYTES = 1 << 30
-_PIECE = 4  # the most photos that a core takes at once
-_KEPT_SHAPES = 6  # pieces of one to four photos, one photo by itself, and one to spare
+_PIECE = 8  # the most photos that a core takes at once
+_KEPT_SHAPES = 10  # pieces of one to eight photos, one photo by itself, and one to spare
 
 
 def open_exported(path: str | os.PathLike[str], *, engine: str = "auto") -> "Engine":
