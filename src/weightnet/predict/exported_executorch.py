@@ -88,4 +88,4 @@ class ExecuTorchEngine:
         with self._one_at_a_time:
             given = self._method.execute([torch.from_numpy(x_1CHW)])
             # Copies: the next run writes its outputs to the same place.
-            return {name: np.array(value.contiguous()) for name, value in zip(self._names, given, strict=True)}
+            return {name: value.contiguous().numpy().copy() for name, value in zip(self._names, given, strict=True)}
