@@ -6,11 +6,11 @@
 PATH is a Python 3.10 in whose environment MegEngine is: `pip install MegEngine==1.13.0 "numpy<2"`.
 
 Both sides compute the same networks at 224 px, with new weights and batch norms calibrated on noise, from NumPy arrays
-to NumPy arrays; that their logits are equal is checked first. `original_megengine.py` says in which modes the original
-runs. In one thread and in two, batch by batch, all take turns, one run each a round: figures are medians and quartiles
-over the rounds, in milliseconds a batch. We are held to so many processor cores; the original may use all for its so
-many threads, since others of its threads wait in loops, and its process is stopped while ours runs. How much faster we
-are is said against the original's fastest mode of each row.
+to NumPy arrays; that their logits are equal is checked first. `original_lite.py` says in which modes the original runs.
+In one thread and in two, batch by batch, all take turns, one run each a round: figures are medians and quartiles over
+the rounds, in milliseconds a batch. We are held to so many processor cores; the original may use all for its so many
+threads, since others of its threads wait in loops, and each of its processes is stopped while others run. How much
+faster we are is said against the original's fastest mode of each row.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 from inference import BATCHES, SIZE_PX, THREADS, child, commit, has_bfloat16, machine, network_of, show
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0")
+ORIGINAL_SCRIPTS = ("original_megengine.py", "original_lite.py")  # in order: the first writes what the second runs
 OURS = ("onnxruntime", "openvino", "openvino bf16")
 TOLERANCE = 1e-4  # of the largest logit
 BFLOAT16_TOLERANCE = 2e-1  # as for exported files: these weights are random
@@ -50,13 +51,12 @@ def export_all(folder: Path) -> None:
 
 
 class Original:
-    """The process of the original framework."""
+    """A process of the original framework."""
 
-    def __init__(self, python: str, folder: Path, threads: int) -> None:
-        script = Path(__file__).with_name("original_megengine.py")
-        self._folder, self._log = folder, folder / "original.log"
+    def __init__(self, python: str, script: str, folder: Path, threads: int) -> None:
+        self._folder, self._log = folder, folder / f"{script}.log"
         self._process = subprocess.Popen(
-            [python, str(script), str(folder), str(threads)],
+            [python, str(Path(__file__).with_name(script)), str(folder), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log.open("w"),  # pages of it
@@ -127,7 +127,7 @@ def measure(python: str, folder: Path, threads: int, rounds: int) -> dict[str, A
     import numpy as np
     import torch
 
-    original = Original(python, folder, threads)
+    originals = [Original(python, script, folder, threads) for script in ORIGINAL_SCRIPTS]
     figures: dict[str, Any] = {}
     for name in NETWORKS:
         network = network_of(name)
@@ -135,7 +135,9 @@ def measure(python: str, folder: Path, threads: int, rounds: int) -> dict[str, A
             x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
             with torch.inference_mode():
                 expected = network(torch.from_numpy(x_BCHW)).numpy()
-            turns = {**original.turns(name, batch, expected), **our_turns(name, folder, x_BCHW, expected)}
+            turns = our_turns(name, folder, x_BCHW, expected)
+            for original in originals:
+                turns |= original.turns(name, batch, expected)
             times: dict[str, list[float]] = {side: [] for side in turns}
             for number in range(rounds + 1):
                 for side, turn in turns.items():
@@ -146,7 +148,8 @@ def measure(python: str, folder: Path, threads: int, rounds: int) -> dict[str, A
                 side: [round(q, 3) for q in statistics.quantiles(ms)] for side, ms in times.items()
             }
             print(f"  {threads} threads, {name}, batch {batch} done", file=sys.stderr, flush=True)
-    original.end()
+    for original in originals:
+        original.end()
     return figures
 
 

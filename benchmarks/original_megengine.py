@@ -1,45 +1,22 @@
-"""The original framework's side of `original.py`, which starts it under a Python that has MegEngine.
+"""The original framework's eager mode for `original.py`, which starts it under a Python that has MegEngine.
 
     python original_megengine.py FOLDER THREADS
 
 It computes the published networks from the MegEngine checkpoints in FOLDER, in the published form: kernels are
-generated for each photo and applied by one convolution with groups = batch. It needs nothing but MegEngine and NumPy.
-Each line of standard input is a task in JSON, and each line of standard output its answer:
-
-    {"network": NAME, "batch": B}   make a network ready, in every mode; the answer lists the modes, and the logits of
-                                    mode M lie in FOLDER/NAME_B_M.npy
-    {"run": MODE}                   run the network that is ready once; the answer is the milliseconds it took
-
-Modes: `eager`, and the framework's own runtime for deployment, MegEngine Lite, with the network as a static graph and
-kernels chosen by trial: as it comes (`static`), with weights prepared ahead and kernel calls recorded and replayed
-(`recorded`), each on one thread in the caller's own and, with more, on all (`static N`, `recorded N`). Its layout of
-eight channels together is left out: MegEngine 1.13 fails to compile it for these networks.
+generated for each photo and applied by one convolution with groups = batch. It also writes each as a static graph,
+FOLDER/NAME_B.mge, for `original_lite.py`, whose tasks it answers too. It needs nothing but MegEngine and NumPy.
 """
 
-import json
-import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import megengine as mge  # type: ignore[import-not-found]
 import megengine.functional as F  # type: ignore[import-not-found]
-import numpy as np
 from megengine.jit import trace  # type: ignore[import-not-found]
-from megenginelite import (  # type: ignore[import-not-found]
-    LiteAlgoSelectStrategy,
-    LiteConfig,
-    LiteNetwork,
-    LiteOptions,
-)
+from original_lite import SIZE_PX, Run, answer_tasks, photos
 
-SIZE_PX = 224
 STRIDE_2 = (0, 4, 12)  # the blocks that begin a stage
 BLOCKS = 16
-
-Run = Callable[[], Any]
 
 
 class Original:
@@ -103,73 +80,17 @@ class Original:
 
 
 def prepared(folder: Path, name: str, batch: int, threads: int) -> dict[str, Run]:
-    """Return a function for each mode that runs a network once, from a NumPy array to one."""
-    x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+    """Write a network as a static graph, and return a function that runs it eagerly, from a NumPy array to one."""
+    x_BCHW = photos(batch)
     mge.set_default_device("xpux")  # the only one that can be written to a file
     traced = trace(Original(folder / f"{name}.pkl"), symbolic=True, capture_as_const=True)
     traced(mge.tensor(x_BCHW))
     file = folder / f"{name}_{batch}.mge"
     traced.dump(str(file), arg_names=["input"], output_names=["logits"], enable_fuse_conv_bias_nonlinearity=True)
-    runs = {}
-    for count in sorted({1, threads}):
-        suffix = "" if count == 1 else f" {count}"
-        runs[f"static{suffix}"] = static(file, x_BCHW, count, recorded=False)
-        runs[f"recorded{suffix}"] = static(file, x_BCHW, count, recorded=True)
-    file.unlink()
     mge.set_default_device("xpux" if threads == 1 else f"multithread{threads}:0")
     network = Original(folder / f"{name}.pkl")
-    runs["eager"] = lambda: network(mge.tensor(x_BCHW)).numpy()
-    return runs
-
-
-def static(file: Path, x_BCHW: Any, threads: int, *, recorded: bool) -> Run:
-    """Return a function that runs a dumped network once."""
-    options = LiteOptions()
-    options.weight_preprocess = int(recorded)
-    options.comp_node_seq_record_level = int(recorded)
-    config = LiteConfig()
-    config.options = options
-    network = LiteNetwork(config=config)
-    if threads == 1:
-        network.enable_cpu_inplace_mode()  # without a thread of its own to wait for
-    else:
-        network.threads_number = threads
-    network.set_network_algo_policy(LiteAlgoSelectStrategy.LITE_ALGO_PROFILE)
-    network.load(str(file))
-    taken = network.get_io_tensor(network.get_input_name(0))
-    given = network.get_io_tensor(network.get_output_name(0))
-
-    def run() -> Any:
-        taken.set_data_by_copy(x_BCHW)
-        network.forward()
-        network.wait()
-        return given.to_numpy()
-
-    return run
-
-
-def main() -> None:
-    """Answer tasks until standard input ends."""
-    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the framework itself writes to standard output
-    runs: dict[str, Run] = {}
-    for line in sys.stdin:
-        task = json.loads(line)
-        answer: Any
-        if "run" in task:
-            begun_at = time.perf_counter()
-            runs[task["run"]]()
-            answer = 1e3 * (time.perf_counter() - begun_at)
-        else:
-            runs = {}  # the last network's memory goes first
-            runs = prepared(folder, task["network"], task["batch"], threads)
-            for mode, run in runs.items():
-                run()
-                np.save(folder / f"{task['network']}_{task['batch']}_{mode}.npy", run())
-            answer = list(runs)
-        print(json.dumps(answer), file=answers, flush=True)
+    return {"eager": lambda: network(mge.tensor(x_BCHW)).numpy()}
 
 
 if __name__ == "__main__":
-    main()
+    answer_tasks(prepared)
