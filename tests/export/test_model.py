@@ -319,6 +319,12 @@ def test_export_program_refuses_a_network_for_photos_of_one_last_pixel(small, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_export_refuses_the_form_that_mnn_cannot_run(small, tmp_path):
+    with pytest.raises(UsageError, match=r"form must be auto or feature for \.mnn\. Got form='matmul'"):
+        export_model(small("r1"), tmp_path / "net.mnn", form="matmul")
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_mnn
 def test_export_says_what_mnn_cannot_convert(small, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_CONVERT_MNN", "print('no such operator')")

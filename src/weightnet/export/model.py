@@ -89,8 +89,7 @@ def export_model(
     if inside:
         card = dataclasses.replace(card, preprocess=_without_normalising(inside))
     card, exports = _beside(out, card)
-    # MNN 3.6 takes wrong memory for the batched product of the other form.
-    folded = fold(network, form="feature" if out.suffix == ".mnn" else form)
+    folded = fold(network, form=_form(out, form))
     entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
     if inside:
         entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
@@ -140,6 +139,15 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
     if unknown or isinstance(outputs, str):
         raise UsageError(f"outputs must be names from {', '.join(OUTPUTS)}. Got outputs={outputs!r}. Choose of them.")
     return tuple(name for name in OUTPUTS if name == LOGITS or name in outputs)
+
+
+def _form(out: Path, form: FoldForm) -> FoldForm:
+    """Return the form that a file is written in: MNN 3.6 takes wrong memory for a batched product."""
+    if out.suffix != ".mnn":
+        return form
+    if form == "matmul":
+        raise UsageError(f"form must be auto or feature for .mnn. Got form='matmul', out={out}. Leave it out.")
+    return "feature"
 
 
 def _check_calibration(precision: str, calibration: object) -> None:
