@@ -14,7 +14,7 @@ from weightnet.errors import WeightsError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.exported import CLASS_WEIGHTS, LOGITS, PROBABILITIES
+from weightnet.predict.exported import CLASS_WEIGHTS, LOGITS, PROBABILITIES, joined
 
 if TYPE_CHECKING:
     from weightnet.predict.engines import Batch, Engine
@@ -155,10 +155,7 @@ def _exact_by_batches(
     network: ShuffleNetV2 | FoldedShuffleNetV2, x_BCHW: "Batch"
 ) -> dict[str, npt.NDArray[np.float64]]:
     parts = [_exact_outputs(network, x_BCHW[at : at + 8]) for at in range(0, len(x_BCHW), 8)]
-    return {
-        name: value if name == CLASS_WEIGHTS else np.concatenate([part[name] for part in parts])
-        for name, value in parts[0].items()
-    }
+    return joined(list(parts[0]), parts)
 
 
 @torch.no_grad()

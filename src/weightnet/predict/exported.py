@@ -113,7 +113,7 @@ class OnnxRuntimeEngine:
             return dict(zip(names, self._session.run(list(names), {INPUT: piece}), strict=True))
 
         try:
-            return _joined(names, [run(x) for x in pieces] if len(pieces) == 1 else list(self._cores.map(run, pieces)))
+            return joined(names, [run(x) for x in pieces] if len(pieces) == 1 else list(self._cores.map(run, pieces)))
         except Exception as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
@@ -159,7 +159,7 @@ class OpenVinoEngine:
         try:
             photos = _pixels(x_BCHW) if self._takes_pixels else x_BCHW
             with self._one_at_a_time:
-                return _joined(names, self._run_pieces(_pieces(photos), names))
+                return joined(names, self._run_pieces(_pieces(photos), names))
         except RuntimeError as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
@@ -208,7 +208,7 @@ def _pieces(photos: "npt.NDArray[Any]") -> "list[npt.NDArray[Any]]":
     return [photos[at : at + size] for at in range(0, len(photos), size)]
 
 
-def _joined(names: Sequence[str], pieces: "list[dict[str, Batch]]") -> "dict[str, Batch]":
+def joined(names: Sequence[str], pieces: "Sequence[dict[str, npt.NDArray[Any]]]") -> "dict[str, npt.NDArray[Any]]":
     """Return the outputs of a batch that was run in pieces."""
     return {
         name: pieces[0][name] if name == CLASS_WEIGHTS else np.concatenate([piece[name] for piece in pieces])

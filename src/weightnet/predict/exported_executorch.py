@@ -14,7 +14,6 @@ import numpy as np
 
 from weightnet.errors import UsageError
 from weightnet.predict.exported import (
-    CLASS_WEIGHTS,
     LOGITS,
     MAX_EXPORTED_BYTES,
     card_beside,
@@ -22,6 +21,7 @@ from weightnet.predict.exported import (
     check_outputs,
     check_trial,
     exported_as,
+    joined,
     missing_runtime,
     run_none,
     unreadable,
@@ -76,11 +76,7 @@ class ExecuTorchEngine:
             )
         if not len(x_BCHW):
             return run_none(self, x_BCHW, names)
-        given = [self._run(x_BCHW[photo : photo + 1]) for photo in range(len(x_BCHW))]
-        return {
-            name: given[0][name] if name == CLASS_WEIGHTS else np.concatenate([one[name] for one in given])
-            for name in names
-        }
+        return joined(names, [self._run(x_BCHW[photo : photo + 1]) for photo in range(len(x_BCHW))])
 
     def _run(self, x_1CHW: "Batch") -> "dict[str, Batch]":
         import torch
