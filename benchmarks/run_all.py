@@ -20,7 +20,7 @@ def main() -> None:
     for script in SCRIPTS:
         out = here / "results" / f"{script}.json"
         subprocess.run([sys.executable, str(here / f"{script}.py"), "--out", str(out)], check=True)
-    subprocess.run([sys.executable, str(here.parent / "scripts" / "update_readme.py")], check=True)
+    subprocess.run([sys.executable, str(here.parent / "scripts" / "update_pages.py")], check=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A line before a block says what is special about it: `<!-- not run: why -->`, `<!-- needs: package -->` for what is run
 where that package is installed, `<!-- command: name -->` for the README's two commands, which `.ci/run` takes from
 there, `<!-- service: name -->` for lines that start `weightnet serve` in the background and ask it, or
-`<!-- from the program: what -->`, which `scripts/update_readme.py` writes.
+`<!-- from the program: what -->`, which `scripts/update_pages.py` writes.
 """
 
 import contextlib
@@ -156,8 +156,8 @@ def test_service_answers_as_the_page_asks(block: Block, workspace: Path) -> None
 
 @pytest.fixture(scope="module")
 def updater() -> dict[str, Any]:
-    """The script that writes the README's parts: `python scripts/update_readme.py` mends what these tests find."""
-    return runpy.run_path(str(ROOT / "scripts/update_readme.py"))
+    """The script that writes parts of the pages: `python scripts/update_pages.py` mends what these tests find."""
+    return runpy.run_path(str(ROOT / "scripts/update_pages.py"))
 
 
 def written_in_readme(updater: dict[str, Any], name: str) -> str:

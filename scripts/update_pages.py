@@ -1,6 +1,6 @@
 """Write into the README and the pages on speed what the program says: network tables, figures, what a command prints.
 
-    python scripts/update_readme.py
+    python scripts/update_pages.py
 
 Each stands between a line `<!-- from the program: NAME -->` and the next empty line; the tests compare.
 """
