@@ -1,6 +1,7 @@
 """Measure how much of a training run's speed its input pipeline costs, on a folder of photos.
 
     python benchmarks/input_pipeline.py DATA [--steps N] [--out benchmarks/results/input_pipeline.json]
+    python benchmarks/input_pipeline.py --table benchmarks/results/input_pipeline.json
 
 S is the rate of steps on one batch that is in memory, D that of the pipeline alone (photos read, cropped, coloured,
 batched), T that of both together, as in a run: all in photos per second, on the same cores. A pipeline that wastes
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inference import show
 
 import weightnet
 from weightnet.train import data
@@ -67,32 +69,42 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
     return {"S": round(S), "D": round(D), "T": round(T), "D/S": round(D / S, 2), "share": round(T * (1 / S + 1 / D), 3)}
 
 
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Return the figures as a table in Markdown, by title."""
+    lines = ["| photos | S | D | T | D / S | T of 1 / (1 / S + 1 / D) |", "|---|---|---|---|---|---|"]
+    for photos, row in report["rows"].items():
+        lines.append(
+            f"| {photos} | {row['S']:,} | {row['D']:,} | {row['T']:,} | {row['D/S']:.1f} | {row['share']:.0%} |"
+        )
+    return {"rates": "\n".join(lines)}
+
+
 def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
+    parser.add_argument("data", nargs="?", help="folder with train/ and val/")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     options = parser.parse_args()
-    print("| px | photos from | S | D | T | D / S | T of 1 / (1 / S + 1 / D) |")
-    print("|---|---|---|---|---|---|---|")
+    if options.table:
+        show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    if options.data is None:
+        parser.error("DATA must name the photos")
     rows = {}
     for size, cache in itertools.product(SIZES, (0, 192)):
-        rows[f"{size} px, {'cache' if cache else 'files'}"] = row = measure(options.data, size, cache, options.steps)
-        source = "cache" if cache else "files"
-        print(
-            f"| {size} | {source} | {row['S']} | {row['D']} | {row['T']} | {row['D/S']} | {row['share']} |", flush=True
-        )
+        rows[f"{size} px, {'cache' if cache else 'files'}"] = measure(options.data, size, cache, options.steps)
     report = {
         "command": f"python benchmarks/input_pipeline.py DATA --steps {options.steps}",
         "threads": torch.get_num_threads(),
-        "workers": 2,
         "batch": 128,
         "network": "shufflenet_v2_x0_5",
         "torch": str(torch.__version__),
         "weightnet": weightnet.__version__,
         "rows": rows,
     }
+    show(tables(report))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

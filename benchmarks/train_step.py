@@ -1,6 +1,7 @@
 """Measure a training step of the 0.5x network in each exact form, beside the plain network of the same size.
 
     python benchmarks/train_step.py [--threads N] [--rounds N] [--out benchmarks/results/train_step.json]
+    python benchmarks/train_step.py --table benchmarks/results/train_step.json
 
 One step is forward, loss, backward and an update by stochastic gradient descent, channels last, float32, on random
 photos in memory. The forms take turns, a step each, so that whatever else the machine does meets all of them alike;
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from inference import show
 
 import weightnet
 
@@ -98,15 +100,33 @@ def measure(size: int, batch: int, rounds: int, memory_mb: dict[str, float]) -> 
     return rows
 
 
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Return the figures as a table in Markdown, by title."""
+    lines = ["| setting | form | photos/s | step, ms (IQR) | x per-sample form | x plain network | peak memory, MB |"]
+    lines.append("|---" * 7 + "|")
+    for setting, rows in report["rows"].items():
+        for form, row in rows.items():
+            time_of = f"{row['step_ms']} ({row['step_ms_iqr']})"
+            ratios = f"{row['times_reference']} | {row['times_plain']}"
+            lines.append(
+                f"| {setting} | {form} | {row['photos_per_s']:,.0f} | {time_of} | {ratios} | {row['peak_memory_mb']} |"
+            )
+    return {"steps": "\n".join(lines)}
+
+
 def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     parser.add_argument("--memory-of", nargs=3, metavar=("FORM", "SIZE", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.table:
+        show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
     if options.memory_of:
         step = step_of(options.memory_of[0], *map(int, options.memory_of[1:]))
         step()
@@ -125,13 +145,7 @@ def main() -> None:
         "gradients_differ_by": largest_gradient_difference(),
         "rows": rows_of,
     }
-    print("| setting | form | photos/s | step, ms (IQR) | x reference | x plain | peak memory, MB |")
-    print("|---|---|---|---|---|---|---|")
-    for setting, rows in rows_of.items():
-        for form, row in rows.items():
-            time_of = f"{row['step_ms']} ({row['step_ms_iqr']})"
-            ratios = f"{row['times_reference']} | {row['times_plain']}"
-            print(f"| {setting} | {form} | {row['photos_per_s']} | {time_of} | {ratios} | {row['peak_memory_mb']} |")
+    show(tables(report))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

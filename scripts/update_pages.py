@@ -1,4 +1,4 @@
-"""Write into the README and the pages on speed what the program says: network tables, figures, what a command prints.
+"""Write into the README and the pages of docs/ what the program says: network tables, figures, what a command prints.
 
     python scripts/update_pages.py
 
@@ -24,8 +24,9 @@ from weightnet.zoo.state import variant_name
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"
-BENCHMARK_PAGES = [ROOT / "docs" / name for name in ("benchmark.md", "int8.md", "static.md")]
-sys.path.append(str(BENCHMARKS))  # whose scripts are no package
+STUDY = ROOT / "studies" / "tiny100"
+TABLE_PAGES = [ROOT / "docs" / name for name in ("benchmark.md", "int8.md", "static.md", "training.md")]
+sys.path += [str(BENCHMARKS), str(STUDY)]  # whose scripts are no package
 
 FIGURES = {
     "photos": "validation photos",
@@ -106,9 +107,10 @@ def default_output() -> str:
     return f"```text\n{written.getvalue().rstrip()}\n```"
 
 
-def benchmark_table(script: str, title: str) -> str:
-    """Return one of the tables that a script of benchmarks/ makes of its results."""
-    report = json.loads((BENCHMARKS / "results" / f"{script}.json").read_text(encoding="utf-8"))
+def table(script: str, title: str) -> str:
+    """Return one of the tables that the study, or a script of benchmarks/, makes of its results."""
+    results = STUDY / "results.json" if script == "study" else BENCHMARKS / "results" / f"{script}.json"
+    report = json.loads(results.read_text(encoding="utf-8"))
     made: str = importlib.import_module(script).tables(report)[title]
     return made
 
@@ -126,10 +128,10 @@ def part_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"(<!-- from the program: {re.escape(name)} -->\n)(.*?)(?=\n\n)", re.DOTALL)
 
 
-def benchmark_parts(path: Path) -> dict[str, Callable[[], str]]:
-    """Return the parts of a page of docs/, whose names are "SCRIPT of benchmarks/, title of a table"."""
+def table_parts(path: Path) -> dict[str, Callable[[], str]]:
+    """Return the parts of a page of docs/, whose names are "SCRIPT, title of a table"."""
     names = re.findall("<!-- from the program: (.*) -->", path.read_text(encoding="utf-8"))
-    return {name: functools.partial(benchmark_table, *name.split(", ", 1)) for name in names}
+    return {name: functools.partial(table, *name.split(", ", 1)) for name in names}
 
 
 def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
@@ -145,5 +147,5 @@ def update(path: Path, parts: Mapping[str, Callable[[], str]]) -> None:
 
 if __name__ == "__main__":
     update(README, PARTS)
-    for page in BENCHMARK_PAGES:
-        update(page, benchmark_parts(page))
+    for page in TABLE_PAGES:
+        update(page, table_parts(page))

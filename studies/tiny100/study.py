@@ -96,8 +96,8 @@ def summary(settings: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     return {"settings": settings, "costs": costs(settings), "runs": list(runs), "comparisons": comparisons}
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Return the tables of the docs page, in Markdown; accuracies in percent, differences in points."""
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of the docs page, in Markdown, by title; accuracies in percent, differences in points."""
     lines = ["| arm | params | MACs | top-1 by seed | mean | standard deviation |", "|---|---|---|---|---|---|"]
     for arm, cost in results["costs"].items():
         top1 = [100 * run["top1"] for run in results["runs"] if run["arm"] == arm]
@@ -105,12 +105,13 @@ def tables(results: dict[str, Any]) -> str:
         mean = f"{statistics.mean(top1):.2f}" if top1 else ""
         by_seed = ", ".join(f"{value:.2f}" for value in top1)
         lines.append(f"| {arm} | {cost['params']:,} | {cost['macs']:,} | {by_seed} | {mean} | {spread} |")
-    lines += ["", "| difference | seeds | mean, points | 95% interval |", "|---|---|---|---|"]
+    differences = ["| difference | seeds | mean, points | 95% interval |", "|---|---|---|---|"]
     for pair in results["comparisons"]:
         low, high = (100 * end for end in pair["interval_95"])
         name = f"{pair['arm']} - {pair['base']}"
-        lines.append(f"| {name} | {len(pair['seeds'])} | {100 * pair['mean']:+.2f} | {low:+.2f} to {high:+.2f} |")
-    return "\n".join(lines)
+        mean = f"{100 * pair['mean']:+.2f}"
+        differences.append(f"| {name} | {len(pair['seeds'])} | {mean} | {low:+.2f} to {high:+.2f} |")
+    return {"top-1": "\n".join(lines), "differences": "\n".join(differences)}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of the results, and train nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(tables(json.loads(RESULTS.read_text())))
+        print("\n\n".join(tables(json.loads(RESULTS.read_text())).values()))
         return
     if arguments.data is None:
         parser.error("--data must name the photos")

@@ -216,8 +216,8 @@ def test_network_tables_are_those_of_the_zoo(updater: dict[str, Any]) -> None:
 
 
 def test_tables_of_the_docs_are_those_of_the_results(updater: dict[str, Any]) -> None:
-    for path in updater["BENCHMARK_PAGES"]:
-        page, parts = path.read_text(encoding="utf-8"), updater["benchmark_parts"](path)
+    for path in updater["TABLE_PAGES"]:
+        page, parts = path.read_text(encoding="utf-8"), updater["table_parts"](path)
         assert parts
         for name, make in parts.items():
             assert updater["part_pattern"](name).search(page)[2] == make()

@@ -119,7 +119,7 @@ def test_training_loader_does_not_depend_on_workers_or_where_it_begins(
     photos: Path, tmp_path: Path, make_config: MakeConfig, workers: int
 ) -> None:
     folder, _ = read_folders(photos)
-    config = make_config(balance=0.5)
+    config = make_config(balance=0.5, workers=2)
     whole = batches_of(folder, config, tmp_path, epoch=1)
     others = dataclasses.replace(config, workers=workers)
     assert_same(batches_of(folder, others, tmp_path, epoch=1, first_step=2), whole[2:])

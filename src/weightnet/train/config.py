@@ -61,7 +61,8 @@ class TrainConfig:
         interpolation: "linear" is the page's resizing, "area" is antialiased.
         cache: short edge, in pixels, to which training photos are shrunk and kept decoded in the run folder during the
             run, so that they are decoded once: about cache x cache x 4 bytes of disk a photo. 0 keeps none.
-        workers: processes that load photos; any number gives the same run. 0 loads them between the steps.
+        workers: processes that load photos beside the steps; any number gives the same run. 0 loads them between the
+            steps, in as many threads as there are cores; None takes 0 on a CPU, and one for each core beside a GPU.
         seed: of weights, order and augmentation.
         precision: "32-true", or mixed precision "bf16-mixed" or "16-mixed".
         device: "auto", "cpu" or "cuda".
@@ -107,7 +108,7 @@ class TrainConfig:
     crop: int = 224
     interpolation: Literal["linear", "area"] = "linear"
     cache: int = 0
-    workers: int = 2
+    workers: int | None = None
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -136,7 +137,8 @@ class TrainConfig:
         for name in ("balance", "jitter"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", getattr(self, name))
         for name in ("workers", "seed", "weight_decay", "clip_norm", "mixup", "teacher_weight", "checkpoint_minutes"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "at least 0", value)
         first = self.first_train_size
         rule = f"0, or from {MIN_SIZE_PX} px to train_size"
         _require(first == 0 or MIN_SIZE_PX <= first <= self.train_size, "first_train_size", rule, first)
@@ -229,8 +231,9 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
         _require(value in choices, name, f"one of {', '.join(choices)}", value)
     elif annotation is bool:
         _require(isinstance(value, bool), name, "true or false", value)
-    elif annotation is int:
-        _require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number", value)
+    elif annotation in (int, int | None):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole or (value is None and annotation is not int), name, "a whole number", value)
     elif annotation is float:
         numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         _require(numeric, name, "a finite number", value)

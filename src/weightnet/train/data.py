@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
 from weightnet.errors import ImageError, TrainingError
 from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
+from weightnet.predict.exported import usable_cores
 from weightnet.train.augment import augment, cut, shrink_short_edge, view_box
 from weightnet.train.config import TrainConfig
 from weightnet.train.folders import PhotoFolder
@@ -72,7 +74,7 @@ class PhotoCache:
         self.places = np.zeros((len(folder), 3), np.int64)  # offset, height, width
         self.reasons: dict[int, str] = {}  # of photos that cannot be read
         offset = 0
-        with file.open("wb") as cache, ThreadPool(os.cpu_count()) as pool:
+        with file.open("wb") as cache, ThreadPool(usable_cores()) as pool:
             for start in range(0, len(folder), CACHE_BLOCK_PHOTOS):
                 check_stop()
                 block = range(start, min(start + CACHE_BLOCK_PHOTOS, len(folder)))
@@ -134,7 +136,22 @@ class Targets:
         return np.array(self._views[view][index])
 
 
-class TrainingPhotos(Dataset[Crop | Unreadable]):
+class _Photos(Dataset[Crop | Unreadable]):
+    """Photos that a loader asks for batch by batch; where it has no processes of its own, all cores work at a batch."""
+
+    def __getitems__(self, places: list[Any]) -> list[Crop | Unreadable]:
+        if get_worker_info() is not None:
+            return [self[place] for place in places]
+        return list(_threads().map(self.__getitem__, places))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    cv2.setNumThreads(0)  # one photo a thread: threads within it would be more than there are cores
+    return ThreadPoolExecutor(usable_cores())
+
+
+class TrainingPhotos(_Photos):
     """Augmented crops: random ones, or with targets those that a teacher has seen, mirrored and coloured anew."""
 
     def __init__(
@@ -157,7 +174,7 @@ class TrainingPhotos(Dataset[Crop | Unreadable]):
         return Crop(augment(photo, rng, self.config, box, epoch=epoch), label, self.targets[view, index])
 
 
-class TeacherPhotos(Dataset[Crop | Unreadable]):
+class TeacherPhotos(_Photos):
     """One view of each photo as a teacher sees it; instead of its class the crop has the photo's index."""
 
     def __init__(self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None, view: int) -> None:
@@ -172,7 +189,7 @@ class TeacherPhotos(Dataset[Crop | Unreadable]):
         return Crop(cut(photo, box, self.config.teacher_size, self.config.interpolation), index)
 
 
-class ValidationPhotos(Dataset[Crop | Unreadable]):
+class ValidationPhotos(_Photos):
     """Centre crops."""
 
     def __init__(self, folder: PhotoFolder, preprocess: Preprocess) -> None:
@@ -268,7 +285,9 @@ def teacher_loader(
     return _loader(TeacherPhotos(folder, config, cache, view), config.workers, batch_sampler=in_order)
 
 
-def validation_loader(folder: PhotoFolder, preprocess: Preprocess, *, batch_size: int, workers: int) -> DataLoader[Any]:
+def validation_loader(
+    folder: PhotoFolder, preprocess: Preprocess, *, batch_size: int, workers: int | None
+) -> DataLoader[Any]:
     """Return the loader of centre crops, in order."""
     in_order = BatchSampler(range(len(folder)), batch_size, drop_last=False)
     return _loader(ValidationPhotos(folder, preprocess), workers, batch_sampler=in_order)
@@ -279,7 +298,11 @@ class _Loader(DataLoader[Any]):
         """Warn of nothing: more workers than processors are slower at worst, and a warning could not be acted on."""
 
 
-def _loader(photos: Dataset[Any], workers: int, *, batch_sampler: Iterable[list[Any]]) -> DataLoader[Any]:
+def _loader(photos: Dataset[Any], workers: int | None, *, batch_sampler: Iterable[list[Any]]) -> DataLoader[Any]:
+    if (
+        workers is None
+    ):  # beside a GPU the cores are free; on a CPU the network needs them too: in turn
+        workers = usable_cores() if torch.cuda.is_available() else 0
     return _Loader(
         photos,
         batch_sampler=batch_sampler,

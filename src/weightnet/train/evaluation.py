@@ -37,7 +37,7 @@ def evaluate(
     preprocess: Preprocess,
     *,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Measure a network, which is left in evaluation mode.
@@ -47,7 +47,7 @@ def evaluate(
         folder: labelled photos.
         preprocess: from a decoded photo to the network's input.
         batch_size: photos that run at once.
-        workers: processes that load photos; 0 loads them between the batches.
+        workers: processes that load photos, as in `TrainConfig`.
         check_stop: called before each batch; what it raises ends the evaluation.
 
     Raises: DataError where no photo can be read.
