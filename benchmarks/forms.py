@@ -3,7 +3,7 @@
     python benchmarks/forms.py [--rounds N] [--out benchmarks/results/forms.json]
     python benchmarks/forms.py --table benchmarks/results/forms.json
 
-WeightNet networks with r = 1, 2 and 4 at 224 px, one photo and four, which is what an engine takes at once. All take
+WeightNet networks with r = 1, 2 and 4 at 224 px, one photo and four. All take
 turns, one run each a round: figures are medians, in milliseconds. Networks are those of `inference.py`.
 """
 

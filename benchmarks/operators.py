@@ -18,7 +18,7 @@ import numpy as np
 from inference import SIZE_PX, child, commit, machine, network_of, plain_twin, show
 
 NETWORK = "shufflenet_v2_x1_0"
-BATCHES = (1, 4)  # what engines take at once
+BATCHES = (1, 4)
 RUNS = 9
 
 # What operators do, so that both engines' names for it fall together; what is not listed is "other".
