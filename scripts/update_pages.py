@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"
 STUDY = ROOT / "studies" / "tiny100"
-TABLE_PAGES = [ROOT / "docs" / name for name in ("benchmark.md", "int8.md", "static.md", "training.md")]
+TABLE_PAGES = [ROOT / "docs" / name for name in ("benchmark.md", "int8.md", "static.md", "study.md", "training.md")]
 sys.path += [str(BENCHMARKS), str(STUDY)]  # whose scripts are no package
 
 FIGURES = {

@@ -299,9 +299,7 @@ class _Loader(DataLoader[Any]):
 
 
 def _loader(photos: Dataset[Any], workers: int | None, *, batch_sampler: Iterable[list[Any]]) -> DataLoader[Any]:
-    if (
-        workers is None
-    ):  # beside a GPU the cores are free; on a CPU the network needs them too: in turn
+    if workers is None:  # beside a GPU the cores are free; on a CPU the network needs them too: in turn
         workers = usable_cores() if torch.cuda.is_available() else 0
     return _Loader(
         photos,
