@@ -3,8 +3,9 @@
     python benchmarks/operators.py [--out benchmarks/results/operators.json]
     python benchmarks/operators.py --table benchmarks/results/operators.json
 
-The 1.0x WeightNet network and its plain twin at 224 px, in batches of 1 and 4, with the engines' own profilers. Of
-nine runs the fastest one counts; figures are milliseconds a batch. Networks and files are those of `inference.py`.
+The 1.0x WeightNet network and its plain twin at 224 px, in batches of 1 and 4, with the engines' own profilers; and in
+OpenVINO three WeightNet networks in batches of 8, in float32 and, where the processor has it, in bfloat16. Of nine runs
+the fastest one counts; figures are milliseconds a batch. Networks and files are those of `inference.py`.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import SIZE_PX, child, commit, machine, network_of, plain_twin, show
+from inference import SIZE_PX, child, commit, has_bfloat16, machine, network_of, plain_twin, show
 
 NETWORK = "shufflenet_v2_x1_0"
 BATCHES = (1, 4)
+IN_LOW_PRECISION, LOW_PRECISION_BATCH = ("shufflenet_v2_x0_5", NETWORK, "shufflenet_v2_x0_5.wn8x"), 8
 RUNS = 9
 
 # What operators do, so that both engines' names for it fall together; what is not listed is "other".
@@ -28,6 +30,7 @@ KINDS = {
     "changes of layout": ("ReorderInput", "ReorderOutput", "Reorder"),
     "splits and concatenations": ("Split", "VariadicSplit", "Slice", "Concat"),
     "gates": ("Gemm", "FusedGemm", "FullyConnected", "ReduceMean", "Unsqueeze"),
+    "products with generated kernels": ("MatMul", "Transpose"),
 }
 
 Times = dict[str, float]  # milliseconds by operator
@@ -54,11 +57,11 @@ def in_onnxruntime(model: Path, x_BCHW: np.ndarray[Any, Any]) -> list[Times]:
     return times
 
 
-def in_openvino(model: Path, x_BCHW: np.ndarray[Any, Any]) -> list[Times]:
+def in_openvino(model: Path, x_BCHW: np.ndarray[Any, Any], precision: str = "f32") -> list[Times]:
     """Return the operators' times of each run in OpenVINO."""
     import openvino
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     times: list[Times] = [collections.defaultdict(float) for _ in range(RUNS)]
     for run in times:
@@ -82,7 +85,7 @@ def measure() -> dict[str, dict[str, Times]]:
     """Return the times by engine, network and batch."""
     import weightnet
 
-    report: dict[str, dict[str, Times]] = {"onnxruntime": {}, "openvino": {}}
+    report: dict[str, dict[str, Times]] = {"onnxruntime": {}, "openvino": {}, "precisions": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in (plain_twin(NETWORK), NETWORK):
             model = Path(folder) / f"{name}.onnx"
@@ -91,18 +94,34 @@ def measure() -> dict[str, dict[str, Times]]:
                 x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
                 for engine, run in (("onnxruntime", in_onnxruntime), ("openvino", in_openvino)):
                     report[engine][f"{name}|{batch}"] = by_kind(run(model, x_BCHW))
+        x_BCHW = np.random.default_rng(0).standard_normal((LOW_PRECISION_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
+        for name in IN_LOW_PRECISION:
+            model = Path(folder) / f"{name}.onnx"
+            weightnet.export_model(network_of(name), model)
+            for precision in ("f32", "bf16") if has_bfloat16() else ("f32",):
+                report["precisions"][f"{name}|{precision}"] = by_kind(in_openvino(model, x_BCHW, precision))
     return report
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
-    """Return the times as a table in Markdown, by its title."""
-    kinds = [*KINDS, "other"]
-    lines = [f"| engine | network | batch | {' | '.join(kinds)} |", "|---" * (len(kinds) + 3) + "|"]
-    for engine, rows in report["engines"].items():
-        for row, times in rows.items():
-            name, batch = row.split("|")
-            lines.append(f"| {engine} | `{name}` | {batch} | {' | '.join(f'{times[kind]:.3g}' for kind in kinds)} |")
-    return {"by kind of operator": "\n".join(lines)}
+    """Return the times as tables in Markdown, by title."""
+    engines, precisions = report["engines"], report["precisions"]
+    rows = [[engine, *row.split("|"), times] for engine, of in engines.items() for row, times in of.items()]
+    low = [[*row.split("|"), times] for row, times in precisions.items()]
+    return {
+        "by kind of operator": kinds_table(["engine", "network", "batch"], rows),
+        "in float32 and bfloat16": kinds_table(["network", "precision"], low),
+    }
+
+
+def kinds_table(titles: list[str], rows: list[Any]) -> str:
+    """Return rows of names and times as a table in Markdown; kinds of operators that take no time are left out."""
+    kinds = [kind for kind in (*KINDS, "other") if any(times[kind] for *_, times in rows)]
+    lines = [f"| {' | '.join([*titles, *kinds])} |", "|---" * (len(titles) + len(kinds)) + "|"]
+    for *names, times in rows:
+        cells = [f"`{name}`" if "shufflenet" in name else name for name in names]
+        lines.append(f"| {' | '.join([*cells, *(f'{times[kind]:.3g}' for kind in kinds)])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -118,12 +137,14 @@ def main() -> None:
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
+    measured = child(__file__, ["--child"], 1)
     report = {
         "command": "python benchmarks/operators.py",
         "commit": commit(),
         "machine": machine(),
         "runs": RUNS,
-        "engines": child(__file__, ["--child"], 1),
+        "precisions": measured.pop("precisions"),
+        "engines": measured,
     }
     show(tables(report))
     if options.out:
