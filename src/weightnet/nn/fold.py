@@ -14,7 +14,7 @@ Source: the identities are derived in docs/static.md.
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.folded_layers import fold_conv, fold_depthwise, fold_pointwise, gate_rows, linear
-from weightnet.nn.routes import Slice, channel_runs, join_slices, plan_routes
+from weightnet.nn.folded_layers import fold_conv, fold_depthwise, fold_pointwise, fold_reduce, gate_rows, linear
+from weightnet.nn.routes import Slice, Use, channel_runs, join_slices, plan_routes, whole_use
 from weightnet.nn.shufflenet import PlainBlock, ShuffleNetV2, WeightNetBlock
 
 FoldForm = Literal["auto", "feature", "matmul"]
+_Block: TypeAlias = PlainBlock | WeightNetBlock
 
 
 class FoldedPlainBlock(nn.Module):
-    """A plain block without batch norms; it takes one tensor and returns its producers' outputs."""
+    """A plain block without batch norms; it takes one tensor, and no means, and returns its producers' outputs."""
 
     def __init__(self, block: PlainBlock, channels: list[list[int]], emitted: list[list[int]]) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class FoldedPlainBlock(nn.Module):
             self.projection.append(fold_conv(block.conv_proj_1, block.bn_proj_1, outputs=inputs))
             self.projection.append(fold_conv(block.conv_proj_2, block.bn_proj_2, inputs=inputs, outputs=rows))
 
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+    def forward(self, xs: list[Tensor], _means: list[Tensor]) -> list[Tensor]:
         (x,) = xs
         y = F.relu(self.conv3(self.conv2(F.relu(self.conv1(x)))))
         return [F.relu(self.projection(x)), y] if self.projection else [y]
@@ -53,20 +54,20 @@ class FoldedPlainBlock(nn.Module):
 class FoldedWeightNetBlock(nn.Module):
     """A WeightNet block as static convolutions and gains; it returns its producers' outputs.
 
-    The gates of all its layers come from one product. For r = 1 the gain of the depthwise layer is applied together
-    with those of the pointwise layer before it: it is positive, so relu(u) * a = relu(u * a), and a factor per channel
-    passes a depthwise convolution.
+    Besides its inputs it takes the means, over the pixels, of all maps that these are cut from. The gates of all its
+    layers come from one product. For r = 1 the gain of the depthwise layer is applied together with those of the
+    pointwise layer before it: it is positive, so relu(u) * a = relu(u * a), and a factor per channel passes a depthwise
+    convolution.
     """
 
-    def __init__(
-        self, block: WeightNetBlock, channels: list[list[int]], emitted: list[list[int]], *, matmul: bool
-    ) -> None:
+    def __init__(self, block: WeightNetBlock, use: Use, emitted: list[list[int]], *, matmul: bool) -> None:
         super().__init__()
+        channels = use.channels
         inputs = list(chain(*channels))
         *projected, branch = emitted
         self.groups, self.matmul = len(channels), matmul
         self.early_gain = block.wnet2.kernels_per_block == 1
-        self.reduce = linear(block.reduce.weight.flatten(1)[:, inputs], block.reduce.bias)
+        self.reduce = fold_reduce(block.reduce, list(chain(*use.pooled.values())))
         middle = channel_runs(block.wnet3.in_channels, self.groups)
         self.conv1, self.bias1 = fold_pointwise(block.wnet1, block.bn1, channels, matmul=matmul)
         self.conv2 = fold_depthwise(block.wnet2, block.bn2, static=self.early_gain)
@@ -86,9 +87,8 @@ class FoldedWeightNetBlock(nn.Module):
         self.gates = linear(torch.cat([weight for weight, _ in rows]), torch.cat([bias for _, bias in rows]))
         self.sizes = [len(bias) for _, bias in rows]
 
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        pooled = torch.cat([x.mean((2, 3)) for x in xs], 1)
-        gates = iter(self.gates(self.reduce(pooled)).sigmoid().split(self.sizes, 1))
+    def forward(self, xs: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+        gates = iter(self.gates(self.reduce(torch.cat(means, 1))).sigmoid().split(self.sizes, 1))
         first, depthwise, third = (_take(gates, count) for count in (self.gains, self.mixed, self.gains))
         bias: Tensor = self.bias1
         if self.early_gain:
@@ -103,18 +103,23 @@ class FoldedWeightNetBlock(nn.Module):
 
 
 class FoldedStage(nn.Module):
-    """The blocks of a stage and the routes of their channels; it takes and returns a list of tensors."""
+    """The blocks of a stage and the routes of their channels.
 
-    def __init__(self, blocks: list[nn.Module], slices: list[list[list[Slice]]]) -> None:
+    It takes and returns a list of maps, and the means that the gates of the block behind are made of.
+    """
+
+    def __init__(self, blocks: list[nn.Module], slices: list[list[list[Slice]]], pooled: list[list[int]]) -> None:
         super().__init__()
-        self.blocks, self.slices = nn.ModuleList(blocks), slices
+        self.blocks, self.slices, self.pooled = nn.ModuleList(blocks), slices, pooled
 
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+    def forward(self, xs: list[Tensor], means: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         emitted: list[Tensor] = []
-        for block, uses in zip(self.blocks, self.slices, strict=True):
-            emitted += block(xs)
-            xs = _gather(emitted, uses)
-        return xs
+        known: dict[int, Tensor] = {}
+        for block, uses, pooled in zip(self.blocks, self.slices, self.pooled, strict=True):
+            emitted += block(xs, means)
+            known |= {producer: emitted[producer].mean((2, 3)) for producer in pooled if producer not in known}
+            xs, means = _gather(emitted, uses), [known[producer] for producer in pooled]
+        return xs, means
 
 
 class FoldedShuffleNetV2(nn.Module):
@@ -128,17 +133,15 @@ class FoldedShuffleNetV2(nn.Module):
         self.spec, self.card, self.num_features, self.matmul = network.spec, network.card, network.num_features, matmul
         stem, last, head = cast(Any, (network.first_conv, network.conv_last, network.classifier))
         self.first_conv = fold_conv(stem[0], stem[1])
-        groups = max(1, self.spec.G)
-        channels = channel_runs(self.spec.stem_channels, groups)
-        self.slices = join_slices([[Slice(0, run[0], run[-1] + 1)] for run in channels], matmul=matmul)
-        self.stages = nn.Sequential()
-        blocks = cast(list[PlainBlock | WeightNetBlock], list(network.features))
+        use = whole_use(self.spec.stem_channels, max(1, self.spec.G))
+        self.slices = join_slices(use.slices, matmul=matmul)
+        self.stages = nn.ModuleList()
+        blocks = cast(list[_Block], list(network.features))
         for repeats in self.spec.stage_repeats:
             stage, blocks = blocks[:repeats], blocks[repeats:]
-            ends = [groups] * (repeats - 1) + [groups if blocks else 1]
-            folded, channels = _fold_stage(stage, channels, ends, matmul=matmul)
+            folded, use = _fold_stage(stage, use, blocks[0] if blocks else None, matmul=matmul)
             self.stages.append(folded)
-        self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*channels)))
+        self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*use.channels)))
         self.classifier = linear(head[0].weight, head[0].bias)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
@@ -148,8 +151,10 @@ class FoldedShuffleNetV2(nn.Module):
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         """Return the last feature map (B, num_features, H / 32, W / 32), rounded up."""
         x = F.max_pool2d(F.relu(self.first_conv(x)), 3, 2, 1)
-        (x,) = self.stages(_gather([x], self.slices))
-        return F.relu(self.conv_last(x))
+        xs, means = _gather([x], self.slices), [x.mean((2, 3))] if self.spec.M else []
+        for stage in self.stages:
+            xs, means = stage(xs, means)
+        return F.relu(self.conv_last(xs[0]))
 
     def forward_head(self, x: Float[Tensor, "B F h w"], *, pre_logits: bool = False) -> Tensor:
         """Return logits (B, num_classes) of a last feature map, or its pooled features (B, num_features)."""
@@ -210,20 +215,23 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
     return FoldedShuffleNetV2(network, matmul=matmul).to(weight.device, weight.dtype).eval()
 
 
-def _fold_stage(
-    blocks: list[PlainBlock | WeightNetBlock], channels: list[list[int]], groups: list[int], *, matmul: bool
-) -> tuple[FoldedStage, list[list[int]]]:
-    """Return a folded stage, and the channels that its outputs bring to whatever comes next."""
+def _fold_stage(blocks: list[_Block], use: Use, behind: _Block | None, *, matmul: bool) -> tuple[FoldedStage, Use]:
+    """Return a folded stage, and what the block behind it takes of it; None is the network's last convolution."""
+    consumers = [*blocks[1:], behind]
+    groups = [1 if isinstance(consumer, PlainBlock | None) else consumer.wnet1.blocks for consumer in consumers]
     routes = plan_routes((blocks[0].bn_proj_2.num_features, blocks[0].bn3.num_features), groups)
     folded: list[nn.Module] = []
     for index, block in enumerate(blocks):
         emitted = routes.emitted[:2] if index == 0 else [routes.emitted[index + 1]]
         if isinstance(block, PlainBlock):
-            folded.append(FoldedPlainBlock(block, channels, emitted))
+            folded.append(FoldedPlainBlock(block, use.channels, emitted))
         else:
-            folded.append(FoldedWeightNetBlock(block, channels, emitted, matmul=matmul))
-        channels = routes.uses[index].channels
-    return FoldedStage(folded, [join_slices(use.slices, matmul=matmul) for use in routes.uses]), channels
+            folded.append(FoldedWeightNetBlock(block, use, emitted, matmul=matmul))
+        use = routes.uses[index]
+    slices = [join_slices(use.slices, matmul=matmul) for use in routes.uses]
+    gated = [isinstance(consumer, WeightNetBlock) for consumer in consumers]
+    pooled = [list(use.pooled) if gates else [] for use, gates in zip(routes.uses, gated, strict=True)]
+    return FoldedStage(folded, slices, pooled), use
 
 
 def _gather(emitted: list[Tensor], uses: list[list[Slice]]) -> list[Tensor]:

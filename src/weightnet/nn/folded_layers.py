@@ -145,6 +145,12 @@ def fold_depthwise(
     return GainDepthwise(bank_CPkk, shift, stride=stride)
 
 
+def fold_reduce(conv: nn.Conv2d, pooled: list[int]) -> nn.Linear:
+    """Return the layer that gates begin with, of means in the order of `pooled`; means at -1 are not taken."""
+    weight, used = conv.weight.flatten(1), torch.tensor(pooled, device=conv.weight.device) >= 0
+    return linear(weight[:, pooled] * used, conv.bias)
+
+
 def gate_rows(
     layer: WeightNet2d, outputs: list[int] | None = None, *, apart: bool = True
 ) -> list[tuple[Tensor, Tensor]]:

@@ -20,10 +20,14 @@ class Slice(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What a consumer takes: for each of its input tensors the slices that make it, and the channels they bring."""
+    """What a consumer takes: for each of its input tensors the slices that make it, and the channels they bring.
+
+    `pooled` has, for each producer that it takes from, which of its channels each of the producer's is; -1 is none.
+    """
 
     slices: list[list[Slice]]
     channels: list[list[int]]
+    pooled: dict[int, list[int]]
 
 
 class Routes(NamedTuple):
@@ -69,7 +73,11 @@ def plan_routes(produced: tuple[int, int], groups: Sequence[int]) -> Routes:
 def _use(
     emitted: list[list[int]], place: dict[tuple[int, int], tuple[int, int, int]], consumer: int, count: int
 ) -> Use:
-    use = Use([[] for _ in range(count)], [[] for _ in range(count)])
+    use = Use([[] for _ in range(count)], [[] for _ in range(count)], {})
+    for producer, order in enumerate(emitted):
+        targets = [place[producer, channel] for channel in order]
+        if any(target[0] == consumer for target in targets):
+            use.pooled[producer] = [target[2] if target[0] == consumer else -1 for target in targets]
     for tensor in range(count):
         for producer, order in enumerate(emitted):
             rows = [row for row, channel in enumerate(order) if place[producer, channel][:2] == (consumer, tensor)]
@@ -77,6 +85,12 @@ def _use(
                 use.slices[tensor].append(Slice(producer, rows[0], rows[-1] + 1))
                 use.channels[tensor] += [place[producer, order[row]][2] for row in rows]
     return use
+
+
+def whole_use(channels: int, groups: int) -> Use:
+    """Return the use of all channels of a single producer, in so many tensors of equal size."""
+    runs = channel_runs(channels, groups)
+    return Use([[Slice(0, run[0], run[-1] + 1)] for run in runs], runs, {0: list(range(channels))})
 
 
 def join_slices(slices: list[list[Slice]], *, matmul: bool) -> list[list[Slice]]:
