@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import SIZE_PX, child, commit, machine, network_of, show
+from inference import FILES, SIZE_PX, child, commit, machine, network_of, show
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_0.wn4x", "shufflenet_v2_x0_5.wn8x")
 FORMS, ENGINES, BATCHES = ("feature", "matmul"), ("onnxruntime", "openvino"), (1, 4)
@@ -33,10 +33,10 @@ def measure(rounds: int) -> dict[str, float]:
         for name in NETWORKS:
             network = network_of(name)
             for form in FORMS:
-                file = Path(folder) / f"{name}_{form}.onnx"
-                weightnet.export_model(network, file, form=form)  # type: ignore[arg-type]
                 for engine in ENGINES:
-                    runs[f"{name}|{form}|{engine}"] = open_engine(file, engine=engine).run
+                    file = Path(folder) / f"{name}_{form}{FILES[engine]}"
+                    weightnet.export_model(network, file, form=form)  # type: ignore[arg-type]
+                    runs[f"{name}|{form}|{engine}"] = open_engine(file).run
         for batch in BATCHES:
             photos = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
             for turn in range(rounds + 1):

@@ -5,9 +5,9 @@
 
 Twelve networks at 224 px, batches of 1, 8 and 32, on one processor core and on two (each in a process that is held to
 so many), with new weights and batch norms calibrated on noise. Engines: PyTorch with a kernel for each sample, which is
-what ports do (`per-sample`), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the exported file;
-OpenVINO in bfloat16 with the file exported so, where the processor has it. Within one batch size all take turns: a
-pause in which the threads of the engine before go to sleep, a run that wakes its own, and the run that counts. Figures
+what ports do (`per-sample`), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the file exported
+for each; OpenVINO in bfloat16 likewise, where the processor has it. Within one batch size all take turns: a pause in
+which the threads of the engine before go to sleep, a run that wakes its own, and the run that counts. Figures
 are medians and quartiles over the rounds, in milliseconds a batch, and ratios are of the medians of one process. The
 peak is that of a matrix product of 1,024 x 1,024; OpenVINO's float32 is held against it.
 """
@@ -31,6 +31,7 @@ BATCHES = (1, 8, 32)
 THREADS = (1, 2)
 PAUSE_S = 0.05  # some engines' threads wait in loops for a while after a run
 ENGINES = ("per-sample", "torch", "onnxruntime", "openvino", "openvino bf16")
+FILES = {"onnxruntime": ".onnx", "openvino": ".xml", "openvino bf16": "_bf16.xml"}  # what is behind the network's name
 MEMORY_NETWORK, MEMORY_BATCH = "shufflenet_v2_x1_0", 32
 
 Run = Callable[[], Any]
@@ -66,15 +67,20 @@ def has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def export_all(folder: Path) -> None:
-    """Write every network's files."""
+def export(network: Any, name: str, folder: Path) -> None:
+    """Write a network's files for all engines."""
     import weightnet
 
+    for engine, suffix in FILES.items():
+        low = engine == "openvino bf16"
+        if not low or has_bfloat16():
+            weightnet.export_model(network, folder / f"{name}{suffix}", precision="bf16" if low else "fp32")
+
+
+def export_all(folder: Path) -> None:
+    """Write every network's files."""
     for name in networks():
-        network = network_of(name)
-        weightnet.export_model(network, folder / f"{name}.onnx")
-        if has_bfloat16():
-            weightnet.export_model(network, folder / f"{name}_bf16.xml", precision="bf16")
+        export(network_of(name), name, folder)
 
 
 def prepared(engine: str, name: str, folder: Path, batch: int) -> Run | None:
@@ -86,13 +92,10 @@ def prepared(engine: str, name: str, folder: Path, batch: int) -> Run | None:
     x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
     if engine in ("per-sample", "torch"):
         return prepared_in_torch(engine, name, x_BCHW)
-    if engine == "openvino bf16":
-        file = folder / f"{name}_bf16.xml"
-        if not file.exists():
-            return None
-        opened = open_engine(file)
-    else:
-        opened = open_engine(folder / f"{name}.onnx", engine=engine)
+    file = folder / f"{name}{FILES[engine]}"
+    if not file.exists():
+        return None
+    opened = open_engine(file)
     return lambda: opened.run(x_BCHW)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import SIZE_PX, child, commit, has_bfloat16, machine, network_of, plain_twin, show
+from inference import FILES, SIZE_PX, child, commit, export, has_bfloat16, machine, network_of, plain_twin, show
 
 NETWORK = "shufflenet_v2_x1_0"
 BATCHES = (1, 4)
@@ -26,11 +26,11 @@ RUNS = 9
 # What operators do, so that both engines' names for it fall together; what is not listed is "other".
 KINDS = {
     "convolutions": ("Conv", "Convolution", "GroupConvolution"),
-    "gains and sums": ("Mul", "Multiply", "Add", "Relu", "Eltwise"),
-    "changes of layout": ("ReorderInput", "ReorderOutput", "Reorder"),
+    "gains and sums": ("Mul", "Multiply", "Add", "Relu", "Eltwise", "Subgraph"),
+    "changes of layout": ("ReorderInput", "ReorderOutput", "Reorder", "Transpose"),
     "splits and concatenations": ("Split", "VariadicSplit", "Slice", "Concat"),
     "gates": ("Gemm", "FusedGemm", "FullyConnected", "ReduceMean", "Unsqueeze"),
-    "products with generated kernels": ("MatMul", "Transpose"),
+    "products with generated kernels": ("MatMul",),
 }
 
 Times = dict[str, float]  # milliseconds by operator
@@ -62,7 +62,10 @@ def in_openvino(model: Path, x_BCHW: np.ndarray[Any, Any], precision: str = "f32
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    core = openvino.Core()
+    graph = core.read_model(model)
+    graph.reshape(list(x_BCHW.shape))  # as Classifier does: other operators than for open shapes
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
     times: list[Times] = [collections.defaultdict(float) for _ in range(RUNS)]
     for run in times:
         request.infer({0: x_BCHW})
@@ -88,15 +91,15 @@ def measure() -> dict[str, dict[str, Times]]:
     report: dict[str, dict[str, Times]] = {"onnxruntime": {}, "openvino": {}, "precisions": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in (plain_twin(NETWORK), NETWORK):
-            model = Path(folder) / f"{name}.onnx"
-            weightnet.export_model(network_of(name), model)
+            export(network_of(name), name, Path(folder))
             for batch in BATCHES:
                 x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
                 for engine, run in (("onnxruntime", in_onnxruntime), ("openvino", in_openvino)):
-                    report[engine][f"{name}|{batch}"] = by_kind(run(model, x_BCHW))
+                    times = run(Path(folder) / f"{name}{FILES[engine]}", x_BCHW)
+                    report[engine][f"{name}|{batch}"] = by_kind(times)
         x_BCHW = np.random.default_rng(0).standard_normal((LOW_PRECISION_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
         for name in IN_LOW_PRECISION:
-            model = Path(folder) / f"{name}.onnx"
+            model = Path(folder) / f"{name}{FILES['openvino']}"
             weightnet.export_model(network_of(name), model)
             for precision in ("f32", "bf16") if has_bfloat16() else ("f32",):
                 report["precisions"][f"{name}|{precision}"] = by_kind(in_openvino(model, x_BCHW, precision))

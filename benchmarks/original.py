@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inference import BATCHES, SIZE_PX, THREADS, child, commit, has_bfloat16, machine, network_of, show
+from inference import BATCHES, FILES, SIZE_PX, THREADS, child, commit, export, has_bfloat16, machine, network_of, show
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0")
 ORIGINAL_SCRIPTS = ("original_megengine.py", "original_lite.py")  # in order: the first writes what the second runs
@@ -45,9 +45,7 @@ def export_all(folder: Path) -> None:
         network = network_of(name)
         torch.save(network.state_dict(), folder / f"{name}.pt")
         weightnet.convert(folder / f"{name}.pt", folder / f"{name}.pkl")
-        weightnet.export_model(network, folder / f"{name}.onnx")
-        if has_bfloat16():
-            weightnet.export_model(network, folder / f"{name}_bf16.xml", precision="bf16")
+        export(network, name, folder)
 
 
 class Original:
@@ -113,11 +111,11 @@ def our_turns(name: str, folder: Path, x_BCHW: Any, expected: Any) -> dict[str, 
 
     turns: dict[str, Callable[[], float]] = {}
     for engine in OURS:
-        low = engine == "openvino bf16"
-        file = folder / (f"{name}_bf16.xml" if low else f"{name}.onnx")
+        file = folder / f"{name}{FILES[engine]}"
         if file.exists():
-            opened = open_engine(file, engine=engine.split()[0])
-            check(engine, opened.run(x_BCHW), expected, BFLOAT16_TOLERANCE if low else TOLERANCE)
+            opened = open_engine(file)
+            allowed = BFLOAT16_TOLERANCE if engine == "openvino bf16" else TOLERANCE
+            check(engine, opened.run(x_BCHW), expected, allowed)
             turns[engine] = lambda run=opened.run: timed(run)  # type: ignore[misc]
     return turns
 

@@ -3,7 +3,9 @@
 import sys
 from collections import Counter
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from weightnet.errors import MissingDependencyError
@@ -38,6 +40,31 @@ def test_graph_has_constant_convolutions_and_no_shuffle(small, name):
 @pytest.mark.parametrize("name", ["plain", "r1", "r1 one block"])
 def test_graph_for_static_weights_has_neither_reshapes_nor_products_of_kernels(small, name):
     assert not {"Reshape", "MatMul", "Einsum", "Shape"} & set(kinds_of(build_graph(fold(small(name)), OUTPUTS)))
+
+
+@pytest.mark.parametrize("name", ["r2 four blocks", "r3 one block"])
+def test_graph_with_channels_last_turns_maps_only_where_convolutions_meet_products(small, name):
+    graph = build_graph(fold(small(name)), ["logits"], channels_last=True).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    stages, blocks = 3, sum(small(name).spec.stage_repeats)
+    turned = [node for node in graph.node if node.op_type == "Transpose" and len(node.attribute[0].ints) == 4]
+    # Into each block's depthwise layer and out of it; in a stage's first block also those of the projection; at the
+    # network's two ends.
+    assert kinds["MatMul"] == 2 * blocks + stages
+    assert len(turned) == 2 * blocks + 2 * stages + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_gives_the_same_numbers_with_channels_last(small, name):
+    x = np.random.default_rng(0).standard_normal((3, 3, 64, 96), np.float32)
+    folded = fold(small(name))
+    given = []
+    for channels_last in (False, True):
+        model = build_graph(folded, OUTPUTS, channels_last=channels_last)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        given.append(session.run(None, {"input": x}))
+    for first, last in zip(*given, strict=True):
+        np.testing.assert_allclose(first, last, rtol=0, atol=1e-5 * abs(last).max())
 
 
 def test_graph_makes_all_gates_of_a_block_by_one_product(small):

@@ -83,8 +83,9 @@ def write_files(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list
     return _WRITERS[path.suffix](network, path, wanted)
 
 
-def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
-    model = build_graph(network, wanted.outputs, half_weights=wanted.precision == "fp16")
+def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted, *, channels_last: bool = False) -> list[Path]:
+    half = wanted.precision == "fp16"
+    model = build_graph(network, wanted.outputs, half_weights=half, channels_last=channels_last)
     if wanted.preprocess:
         add_preprocessing(model, wanted.preprocess)
     path.write_bytes(model.SerializeToString())
@@ -92,7 +93,8 @@ def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list
 
 
 def _write_openvino(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
-    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
+    single = dataclasses.replace(wanted, precision="fp32")
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), single, channels_last=True)
     converted = read_openvino(graph)
     if wanted.photos is not None:
         converted = quantise(converted, wanted.photos)

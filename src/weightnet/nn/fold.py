@@ -93,13 +93,13 @@ class FoldedWeightNetBlock(nn.Module):
         bias: Tensor = self.bias1
         if self.early_gain:
             first, bias = [gate * depthwise[0] for gate in first], bias * depthwise[0]
-        y = F.relu(self.conv1(xs, first, bias))
+        y = self.conv1(xs, first, bias)
         y = self.conv2(y) if self.early_gain else self.conv2(y, depthwise)
-        y = F.relu(self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3))
+        y = self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3)
         if not self.depthwise:
             return [y]
         xs = [conv(x, _take(gates, self.mixed)) for conv, x in zip(self.depthwise, xs, strict=True)]
-        return [F.relu(self.pointwise(xs, list(gates), self.bias_proj)), y]
+        return [self.pointwise(xs, list(gates), self.bias_proj), y]
 
 
 class FoldedStage(nn.Module):

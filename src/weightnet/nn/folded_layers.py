@@ -34,7 +34,7 @@ class FoldedConv(nn.Module):
 
 
 class GainPointwise(nn.Module):
-    """A generated 1x1 layer as static convolutions, P for each block of inputs, scaled by gains and summed.
+    """A generated 1x1 layer and a ReLU, as static convolutions, P for each block of inputs, scaled and summed.
 
     Shape: G inputs (B, I, H, W), G * P gains (B, O) and a bias (1, O) or (B, O) give (B, O, H, W).
     """
@@ -50,11 +50,11 @@ class GainPointwise(nn.Module):
         y = _per_channel(bias)
         for number, (conv, gain) in enumerate(zip(self.convs, gains, strict=True)):
             y = y + conv(xs[number // self.mixed]) * _per_channel(gain)
-        return y
+        return F.relu(y)
 
 
 class MatmulPointwise(nn.Module):
-    """A generated 1x1 layer as a batched matrix product by kernels mixed from the bank.
+    """A generated 1x1 layer and a ReLU, as a batched matrix product by kernels mixed from the bank.
 
     Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) or (B, O) give (B, O, H, W).
     """
@@ -73,7 +73,7 @@ class MatmulPointwise(nn.Module):
             else:
                 kernels.append(torch.einsum("bop,opi->boi", gate.reshape(gate.shape[0], outputs, mixed), bank_OPI))
         y = torch.cat(kernels, 2) @ x.flatten(2) + bias[..., None]
-        return y.reshape(x.shape[0], bias.shape[1], x.shape[2], x.shape[3])
+        return F.relu(y).reshape(x.shape[0], bias.shape[1], x.shape[2], x.shape[3])
 
 
 class GainDepthwise(nn.Module):
