@@ -196,6 +196,46 @@ def test_embed_takes_a_folder_of_photos_by_class(
     assert two.made_by["commands"][-1] == own
 
 
+def test_embed_calibrates_on_every_second_photo_and_measures_on_the_others(
+    script: ModuleType, run: Path, data: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script.main(["default", "run", "data", *COMMANDS, "--calibrate", "--out", "calibrated"]) == 0
+    calibrated = Path("calibrated")
+    card, before = read_card(calibrated / "default.json"), read_card(embedded / "default.json")
+    raw, labels, _ = recount(embedded / "default.safetensors", data)
+    logits, _, _ = recount(calibrated / "default.safetensors", data)
+
+    def loss(logits: Any, labels: Any) -> float:
+        return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]))
+
+    factor = float(np.median(logits / raw))
+    assert card.notes["calibration"].startswith(f"logits are scaled by {factor:.2g}")
+    np.testing.assert_allclose(logits, raw * factor, atol=2e-3 * np.abs(logits).max())
+    assert card.measured["loss"] == pytest.approx(loss(logits[1::2], labels[1::2]), abs=1e-3)
+    for name in ("top1", "top5", "class_averaged_top1", "sources"):
+        assert card.measured[name] == before.measured[name]
+    assert card.made_by["commands"][-1].endswith("run data --calibrate")
+    assert card.notes["exports"][".onnx"]["largest_error"]["logits"] < 1e-4
+
+
+def test_embed_finds_the_factor_that_makes_probabilities_true(
+    script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, (20_000, 6))
+    draws = (
+        rng.gumbel(size=logits.shape) + 1.7 * logits
+    )  # the largest is one of the softmax
+    photos = script.Photos("drawn", [], draws.argmax(1))
+    monkeypatch.setattr(script, "classify", lambda weights, card, photos: logits)
+    state = load_file(run / "weights.safetensors")
+    scaled, factor = script.calibrated(state, read_card(run / "weights.json"), photos)
+    assert factor == pytest.approx(1.7, rel=0.03)
+    for name, array in state.items():
+        by = factor if name.startswith("classifier") else 1
+        np.testing.assert_allclose(scaled[name], array * by, rtol=1e-6)
+
+
 def test_embed_counts_overlaps_leniently_beside(embedded: Path, data: Path) -> None:
     measured = read_card(embedded / "default.json").measured
     logits, labels, _ = recount(embedded / "default.safetensors", data)
