@@ -223,9 +223,7 @@ def test_embed_finds_the_factor_that_makes_probabilities_true(
 ) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1, (20_000, 6))
-    draws = (
-        rng.gumbel(size=logits.shape) + 1.7 * logits
-    )  # the largest is one of the softmax
+    draws = rng.gumbel(size=logits.shape) + 1.7 * logits  # the largest is one of the softmax
     photos = script.Photos("drawn", [], draws.argmax(1))
     monkeypatch.setattr(script, "classify", lambda weights, card, photos: logits)
     state = load_file(run / "weights.safetensors")

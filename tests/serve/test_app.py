@@ -11,7 +11,8 @@ from .conftest import photo, running
 
 
 def same(row: dict, expected: dict) -> bool:
-    scores = [(score["label"], score["index"], pytest.approx(score["probability"], abs=1e-6)) for score in row["top"]]
+    # Other company in a batch is other rounding: up to 1.2e-6, where two classes of one photo are 1.2e-5 apart or more.
+    scores = [(score["label"], score["index"], pytest.approx(score["probability"], abs=5e-6)) for score in row["top"]]
     wanted = [(score["label"], score["index"], score["probability"]) for score in expected["top"]]
     return {**row, "top": scores} == {**expected, "top": wanted}
 
