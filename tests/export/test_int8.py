@@ -67,8 +67,8 @@ def test_int8_answers_as_the_network_does(trained, exported, photos):
 def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_where_it_can(exported):
     engine = open_exported(exported)
     engine.run(np.zeros((1, 3, 96, 96), np.float32))
-    (queue,) = engine._queues.values()
-    steps = queue[0].get_compiled_model().get_runtime_model().get_ordered_ops()
+    ((request, *_),) = engine._requests_of.values()
+    steps = request.get_compiled_model().get_runtime_model().get_ordered_ops()
     kinds = {step.get_friendly_name(): step.get_rt_info() for step in steps}
     made = [
         info["primitiveType"].astype(str) for info in kinds.values() if "Convolution" in info["layerType"].astype(str)
@@ -76,7 +76,7 @@ def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_whe
     assert len(made) > 60
     assert [kind for kind in made if not kind.endswith("I8")] == []
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    hint = queue[0].get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
+    hint = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
     assert hint == ("bf16" if can else "f32")
 
 

@@ -131,8 +131,8 @@ def test_export_for_bfloat16_computes_in_it_where_the_processor_can(small, make_
     assert_equal(path, network, make_pictures(*SHAPES[1]), tolerance=0.1)
     engine = open_exported(path)
     engine.run(np.zeros((1, 3, 224, 224), np.float32))
-    (queue,) = engine._queues.values()
-    compiled = queue[0].get_compiled_model()
+    ((request, *_),) = engine._requests_of.values()
+    compiled = request.get_compiled_model()
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == ("bf16" if can else "f32")
 

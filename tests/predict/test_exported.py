@@ -257,7 +257,7 @@ def test_openvino_engine_says_which_file_could_not_be_compiled(exported, monkeyp
     def fail(*_, alone):
         raise RuntimeError("Check 'size' failed\n\n")
 
-    monkeypatch.setattr(engine, "_queue", fail)
+    monkeypatch.setattr(engine, "_requests", fail)
     with pytest.raises(WeightsError, match=r"Got .*net\.xml: Check 'size' failed\. Export the model again"):
         engine.run(BATCH)
 
@@ -340,14 +340,36 @@ def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_pat
         open_engine(copied / "net.onnx", engine=engine)
 
 
+def test_openvino_engine_gives_pieces_in_order_and_goes_on_after_an_error(exported, monkeypatch):
+    engine, x = (
+        OpenVinoEngine(exported / "net.xml"),
+        np.random.default_rng(0).standard_normal((21, 3, 32, 32), np.float32),
+    )
+    monkeypatch.setattr("weightnet.predict.exported._PIECE", 2)
+    alone = np.concatenate([engine.run(x[at : at + 1]) for at in range(21)])
+    np.testing.assert_allclose(engine.run(x), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+    make = engine._requests
+
+    def fail_late(shape, *, alone):
+        if shape[0] == 1:  # the last piece
+            raise RuntimeError("Check failed")
+        return make(shape, alone=alone)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_requests", fail_late)
+        with pytest.raises(WeightsError, match="Check failed"):
+            engine.run(x)
+    np.testing.assert_allclose(engine.run(x), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
 def test_openvino_engine_keeps_the_last_ten_shapes(exported):
     engine = OpenVinoEngine(exported / "net.xml")
     for size in (*range(32, 42), 32, 42):
         engine.run(np.zeros((1, 3, size, size), np.float32))
-    assert [shape[2] for shape, _ in engine._queues] == [*range(34, 42), 32, 42]
-    kept = engine._queues[(1, 3, 34, 34), True]
+    assert [shape[2] for shape, _ in engine._requests_of] == [*range(34, 42), 32, 42]
+    kept = engine._requests_of[(1, 3, 34, 34), True]
     engine.run(np.zeros((1, 3, 34, 34), np.float32))
-    assert engine._queues[(1, 3, 34, 34), True] is kept
+    assert engine._requests_of[(1, 3, 34, 34), True] is kept
 
 
 @pytest.mark.parametrize(("suffix", "engine"), WAYS)

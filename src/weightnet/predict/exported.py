@@ -5,6 +5,8 @@ The engines of further files have modules of their own: `exported_torch`, `expor
 Shape suffixes: as in `weightnet.predict.engines`.
 """
 
+import collections
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -143,8 +145,8 @@ class OpenVinoEngine:
         outputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.outputs}
         self.outputs = _check_signature(path, self.card, inputs, outputs)
         self._precision = "bf16" if exported_as(self.card, path).get("precision") in ("bf16", "int8") else "f32"
-        self._queues: dict[tuple[tuple[int, ...], bool], openvino.AsyncInferQueue] = {}
-        self._one_at_a_time = threading.Lock()  # a queue keeps the answers of one batch
+        self._requests_of: dict[tuple[tuple[int, ...], bool], list[openvino.InferRequest]] = {}
+        self._one_at_a_time = threading.Lock()  # a request keeps the answers of one piece
 
     def run(self, x_BCHW: "Batch", /) -> "Batch":
         """Return logits, as `Engine.run`."""
@@ -164,37 +166,51 @@ class OpenVinoEngine:
             raise unreadable(self._path, error) from error
 
     def _run_pieces(self, pieces: "list[npt.NDArray[Any]]", names: Sequence[str]) -> "list[dict[str, Batch]]":
-        given: list[dict[str, Batch]] = [{} for _ in pieces]
+        given: list[dict[str, Batch]] = []
+        running: collections.deque[openvino.InferRequest] = collections.deque()
 
-        def keep(request: "openvino.InferRequest", number: int) -> None:
-            given[number] = {name: request.get_tensor(name).data.copy() for name in names}
+        def finish_first() -> None:
+            request = running.popleft()
+            request.wait()
+            given.append({name: request.get_tensor(name).data.copy() for name in names})
 
-        queues = [self._queue(piece.shape, alone=len(pieces) == 1) for piece in pieces]
-        for queue in set(queues):
-            queue.set_callback(keep)
-        for number, (queue, piece) in enumerate(zip(queues, pieces, strict=True)):
-            queue.start_async({INPUT: piece}, number)
-        for queue in set(queues):
-            queue.wait_all()
+        try:
+            for number, piece in enumerate(pieces):
+                requests = self._requests(piece.shape, alone=len(pieces) == 1)
+                while len(running) >= len(requests):
+                    finish_first()
+                request = requests[number % len(requests)]
+                request.start_async({INPUT: piece})
+                running.append(request)
+            while running:
+                finish_first()
+        finally:
+            for request in running:  # after an error: none may be running when the next batch comes
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
         return given
 
-    def _queue(self, shape: tuple[int, ...], *, alone: bool) -> "openvino.AsyncInferQueue":
-        """Return what runs pieces of a shape: one piece on all cores at once, or one on each core."""
-        from openvino import AsyncInferQueue
+    def _requests(self, shape: tuple[int, ...], *, alone: bool) -> "list[openvino.InferRequest]":
+        """Return what runs pieces of a shape: one piece on all cores at once, or one on each core.
 
-        queue = self._queues.pop((shape, alone), None)
-        if queue is None:
+        They have no callbacks in Python: OpenVINO's threads would wait for the interpreter to drop them, while the
+        interpreter, dropping a network, waits for these threads.
+        """
+        requests = self._requests_of.pop((shape, alone), None)
+        if requests is None:
             self._model.reshape({INPUT: list(shape)})
             options = {
                 "PERFORMANCE_HINT": "LATENCY" if alone else "THROUGHPUT",
                 # Where the processor has bfloat16, OpenVINO would compute in it unless told otherwise.
                 "INFERENCE_PRECISION_HINT": self._precision,
             }
-            queue = AsyncInferQueue(self._core.compile_model(self._model, "CPU", options))
-            if len(self._queues) == _KEPT_SHAPES:
-                del self._queues[next(iter(self._queues))]  # the one that was not used for longest
-        self._queues[shape, alone] = queue
-        return queue
+            compiled = self._core.compile_model(self._model, "CPU", options)
+            count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+            requests = [compiled.create_infer_request() for _ in range(count)]
+            if len(self._requests_of) == _KEPT_SHAPES:
+                del self._requests_of[next(iter(self._requests_of))]  # the one that was not used for longest
+        self._requests_of[shape, alone] = requests
+        return requests
 
 
 def usable_cores() -> int:
