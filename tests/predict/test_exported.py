@@ -19,7 +19,8 @@ from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.export.model import export_model
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.engines import TorchEngine, open_engine
-from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine, OpenVinoEngine
+from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine
+from weightnet.predict.exported_openvino import OpenVinoEngine
 from weightnet.zoo.cards import embedded_models, read_card, write_card
 
 BATCH = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
@@ -341,11 +342,9 @@ def test_engine_reads_no_file_of_another_folder_for_an_onnx_file(copied, tmp_pat
 
 
 def test_openvino_engine_gives_pieces_in_order_and_goes_on_after_an_error(exported, monkeypatch):
-    engine, x = (
-        OpenVinoEngine(exported / "net.xml"),
-        np.random.default_rng(0).standard_normal((21, 3, 32, 32), np.float32),
-    )
-    monkeypatch.setattr("weightnet.predict.exported._PIECE", 2)
+    engine = OpenVinoEngine(exported / "net.xml")
+    x = np.random.default_rng(0).standard_normal((21, 3, 32, 32), np.float32)
+    monkeypatch.setattr("weightnet.predict.exported.PIECE", 2)
     alone = np.concatenate([engine.run(x[at : at + 1]) for at in range(21)])
     np.testing.assert_allclose(engine.run(x), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
     make = engine._requests

@@ -28,8 +28,8 @@ from weightnet.predict.exported import (
     MIN_SIZE_PX,
     PRE_LOGITS,
     missing_runtime,
-    read_openvino,
 )
+from weightnet.predict.exported_openvino import read_openvino
 
 # The precisions of each kind of file.
 PRECISIONS = {

@@ -326,6 +326,7 @@ def _matmul_pointwise(
 def _product_with_maps(
     writer: _Writer, name: str, banks: list[nn.Parameter], x: str, gates: list[str], bias: str
 ) -> str:
+    """Write kernels (B, O, G * I) times a map (B, G * I, pixels)."""
     kernels, outputs = [], 0
     for group, (bank_OPI, gate) in enumerate(zip(banks, gates, strict=True)):
         outputs, mixed, inputs = bank_OPI.shape
@@ -347,6 +348,7 @@ def _product_with_maps(
 def _product_with_pixels(
     writer: _Writer, name: str, banks: list[nn.Parameter], x: str, gates: list[str], bias: str
 ) -> str:
+    """Write a map's pixels (B, pixels, G * I) times kernels (B, G * I, O); what comes out has its channels last."""
     kernels, outputs, inputs = [], 0, 0
     for group, (bank_OPI, gate) in enumerate(zip(banks, gates, strict=True)):
         outputs, mixed, width = bank_OPI.shape

@@ -1,14 +1,11 @@
-"""Engines of exported files: ONNX Runtime and OpenVINO. Neither they nor this module need PyTorch.
+"""Engines of exported files: ONNX Runtime, and what all have in common. None of this needs PyTorch.
 
-The engines of further files have modules of their own: `exported_torch`, `exported_executorch` and `exported_mnn`.
+The others have modules of their own: `exported_openvino`, `_torch`, `_executorch` and `_mnn`.
 
 Shape suffixes: as in `weightnet.predict.engines`.
 """
 
-import collections
-import contextlib
 import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +19,6 @@ from weightnet.zoo.cards import Card, card_path, read_card, read_file
 
 if TYPE_CHECKING:
     import onnxruntime
-    import openvino
 
     from weightnet.predict.engines import Batch, Engine
 
@@ -45,8 +41,7 @@ PROBABILITIES = "probabilities"  # of a file that has the preprocessing in it
 
 MIN_SIZE_PX = 32  # as the networks of this package have it
 MAX_EXPORTED_BYTES = 1 << 30
-_PIECE = 8  # the most photos that a core takes at once
-_KEPT_SHAPES = 10  # pieces of one to eight photos, one photo by itself, and one to spare
+PIECE = 8  # the most photos that a core takes at once
 
 
 def open_exported(path: str | os.PathLike[str], *, engine: str = "auto") -> "Engine":
@@ -55,6 +50,8 @@ def open_exported(path: str | os.PathLike[str], *, engine: str = "auto") -> "Eng
     if chosen == "onnxruntime":
         return OnnxRuntimeEngine(path)
     if chosen == "openvino":
+        from weightnet.predict.exported_openvino import OpenVinoEngine
+
         return OpenVinoEngine(path)
     if chosen == "torch":
         from weightnet.predict.exported_torch import TorchExportEngine
@@ -97,7 +94,7 @@ class OnnxRuntimeEngine:
         kind = "tensor(uint8)" if self._takes_pixels else "tensor(float)"
         inputs = {value.name: _onnx_shape(value, kind) for value in self._session.get_inputs()}
         outputs = {value.name: _onnx_shape(value) for value in self._session.get_outputs()}
-        self.outputs = _check_signature(path, self.card, inputs, outputs)
+        self.outputs = check_signature(path, self.card, inputs, outputs)
 
     def run(self, x_BCHW: "Batch", /) -> "Batch":
         """Return logits, as `Engine.run`."""
@@ -109,7 +106,7 @@ class OnnxRuntimeEngine:
         check_batch(x_BCHW, self.card)
         if not len(x_BCHW):  # which it does not reshape
             return run_none(self, x_BCHW, names)
-        pieces = _pieces(_pixels(x_BCHW) if self._takes_pixels else x_BCHW)
+        pieces = in_pieces(raw_pixels(x_BCHW) if self._takes_pixels else x_BCHW)
 
         def run(piece: "npt.NDArray[Any]") -> "dict[str, Batch]":
             return dict(zip(names, self._session.run(list(names), {INPUT: piece}), strict=True))
@@ -120,107 +117,14 @@ class OnnxRuntimeEngine:
             raise unreadable(self._path, error) from error
 
 
-class OpenVinoEngine:
-    """Runs an exported .xml or .onnx file in OpenVINO, on the CPU; its card must lie beside it.
-
-    It computes in single precision, or in bfloat16 where the file was exported so and the processor has it; a file of
-    8-bit integers in these and, for the rest, in bfloat16 too.
-
-    Batches are run in pieces, as in ONNX Runtime. The network is compiled for each shape of piece that comes, and the
-    last few are kept: fixed shapes run about 1.2 times as fast as open ones, and compiling takes half a second.
-
-    Raises: as `open_engine`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise missing_runtime("openvino", "'weightnet[openvino]'", error) from error
-        self.card, self._path = card_beside(path), path
-        self._core, self._model = openvino.Core(), read_openvino(path)
-        self._takes_pixels = takes_pixels(self.card, path)
-        kind = "u8" if self._takes_pixels else "f32"
-        inputs = {value.get_any_name(): _openvino_shape(value, kind) for value in self._model.inputs}
-        outputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.outputs}
-        self.outputs = _check_signature(path, self.card, inputs, outputs)
-        self._precision = "bf16" if exported_as(self.card, path).get("precision") in ("bf16", "int8") else "f32"
-        self._requests_of: dict[tuple[tuple[int, ...], bool], list[openvino.InferRequest]] = {}
-        self._one_at_a_time = threading.Lock()  # a request keeps the answers of one piece
-
-    def run(self, x_BCHW: "Batch", /) -> "Batch":
-        """Return logits, as `Engine.run`."""
-        return self.run_outputs(x_BCHW, [LOGITS])[LOGITS]
-
-    def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
-        """Return some of the file's outputs, as `Engine.run_outputs`."""
-        check_outputs(names, self.outputs)
-        check_batch(x_BCHW, self.card)
-        if not len(x_BCHW):
-            return run_none(self, x_BCHW, names)
-        try:
-            photos = _pixels(x_BCHW) if self._takes_pixels else x_BCHW
-            with self._one_at_a_time:
-                return joined(names, self._run_pieces(_pieces(photos), names))
-        except RuntimeError as error:  # a file that was read may still not fit together
-            raise unreadable(self._path, error) from error
-
-    def _run_pieces(self, pieces: "list[npt.NDArray[Any]]", names: Sequence[str]) -> "list[dict[str, Batch]]":
-        given: list[dict[str, Batch]] = []
-        running: collections.deque[openvino.InferRequest] = collections.deque()
-
-        def finish_first() -> None:
-            request = running.popleft()
-            request.wait()
-            given.append({name: request.get_tensor(name).data.copy() for name in names})
-
-        try:
-            for number, piece in enumerate(pieces):
-                requests = self._requests(piece.shape, alone=len(pieces) == 1)
-                while len(running) >= len(requests):
-                    finish_first()
-                request = requests[number % len(requests)]
-                request.start_async({INPUT: piece})
-                running.append(request)
-            while running:
-                finish_first()
-        finally:
-            for request in running:  # after an error: none may be running when the next batch comes
-                with contextlib.suppress(RuntimeError):
-                    request.wait()
-        return given
-
-    def _requests(self, shape: tuple[int, ...], *, alone: bool) -> "list[openvino.InferRequest]":
-        """Return what runs pieces of a shape: one piece on all cores at once, or one on each core.
-
-        They have no callbacks in Python: OpenVINO's threads would wait for the interpreter to drop them, while the
-        interpreter, dropping a network, waits for these threads.
-        """
-        requests = self._requests_of.pop((shape, alone), None)
-        if requests is None:
-            self._model.reshape({INPUT: list(shape)})
-            options = {
-                "PERFORMANCE_HINT": "LATENCY" if alone else "THROUGHPUT",
-                # Where the processor has bfloat16, OpenVINO would compute in it unless told otherwise.
-                "INFERENCE_PRECISION_HINT": self._precision,
-            }
-            compiled = self._core.compile_model(self._model, "CPU", options)
-            count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-            requests = [compiled.create_infer_request() for _ in range(count)]
-            if len(self._requests_of) == _KEPT_SHAPES:
-                del self._requests_of[next(iter(self._requests_of))]  # the one that was not used for longest
-        self._requests_of[shape, alone] = requests
-        return requests
-
-
 def usable_cores() -> int:
     """Return how many of the processor's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pieces(photos: "npt.NDArray[Any]") -> "list[npt.NDArray[Any]]":
+def in_pieces(photos: "npt.NDArray[Any]") -> "list[npt.NDArray[Any]]":
     """Split a batch evenly over the cores, into no more photos at once than suit one."""
-    size = min(_PIECE, -(-len(photos) // usable_cores()))
+    size = min(PIECE, -(-len(photos) // usable_cores()))
     return [photos[at : at + size] for at in range(0, len(photos), size)]
 
 
@@ -230,24 +134,6 @@ def joined(names: Sequence[str], pieces: "Sequence[dict[str, npt.NDArray[Any]]]"
         name: pieces[0][name] if name == CLASS_WEIGHTS else np.concatenate([piece[name] for piece in pieces])
         for name in names
     }
-
-
-def read_openvino(path: str | os.PathLike[str]) -> "openvino.Model":
-    """Read an .xml file, beside which its .bin file lies, or an .onnx file.
-
-    Raises: WeightsError where it cannot be read; MissingDependencyError where OpenVINO is not installed.
-    """
-    try:
-        from openvino.frontend import FrontEndManager
-    except ImportError as error:
-        raise missing_runtime("openvino", "'weightnet[openvino]'", error) from error
-    read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
-    try:
-        # Unlike Core.read_model, this does not try the readers of all other formats on what it cannot read.
-        reader = FrontEndManager().load_by_framework({".onnx": "onnx", ".xml": "ir"}[Path(path).suffix])
-        return reader.convert(reader.load(os.fspath(path)))
-    except Exception as error:  # its classes of errors have no common base either
-        raise unreadable(path, error) from error
 
 
 def run_none(engine: "Engine", x_BCHW: "Batch", names: Sequence[str]) -> "dict[str, Batch]":
@@ -278,7 +164,7 @@ def takes_pixels(card: Card, path: str | os.PathLike[str]) -> bool:
     return exported_as(card, path).get("preprocessing") is not None
 
 
-def _pixels(x_BCHW: "Batch") -> "npt.NDArray[np.uint8]":
+def raw_pixels(x_BCHW: "Batch") -> "npt.NDArray[np.uint8]":
     """Return raw pixels as such a file takes them."""
     return np.ascontiguousarray(np.moveaxis(np.rint(x_BCHW).astype(np.uint8), 1, 3))
 
@@ -296,24 +182,17 @@ def unreadable(path: str | os.PathLike[str], error: Exception) -> WeightsError:
     )
 
 
-_Shape: TypeAlias = "list[int | None] | None"  # each axis's size, None for an open one; None where of another type
+Shape: TypeAlias = "list[int | None] | None"  # each axis's size, None for an open one; None where of another type
 
 
-def _onnx_shape(value: "onnxruntime.NodeArg", kind: str = "tensor(float)") -> _Shape:
+def _onnx_shape(value: "onnxruntime.NodeArg", kind: str = "tensor(float)") -> Shape:
     if value.type != kind:
         return None
     return [size if isinstance(size, int) else None for size in value.shape]
 
 
-def _openvino_shape(value: "openvino.Output", kind: str = "f32") -> _Shape:
-    shape = value.get_partial_shape()
-    if value.get_element_type().to_string() != kind or shape.rank.is_dynamic:
-        return None
-    return [None if axis.is_dynamic else axis.get_length() for axis in shape]
-
-
-def _check_signature(
-    path: str | os.PathLike[str], card: Card, inputs: dict[str, _Shape], outputs: dict[str, _Shape]
+def check_signature(
+    path: str | os.PathLike[str], card: Card, inputs: dict[str, Shape], outputs: dict[str, Shape]
 ) -> tuple[str, ...]:
     """Check that a file takes any number of the photos, and gives the logits, that its card speaks of.
 
@@ -333,7 +212,7 @@ def _check_signature(
             "Put its own card beside it, or export the model again by `weightnet export`."
         )
     width = card.network.head_channels
-    others: dict[str, _Shape] = {PRE_LOGITS: [None, width], FEATURES: [None, width, None, None]}
+    others: dict[str, Shape] = {PRE_LOGITS: [None, width], FEATURES: [None, width, None, None]}
     others |= {CLASS_WEIGHTS: [classes, width], PROBABILITIES: [None, classes]}
     wrong = {name: outputs[name] for name, shape in others.items() if name in outputs and outputs[name] != shape}
     if wrong:
@@ -352,12 +231,12 @@ def check_trial(path: str | os.PathLike[str], card: Card, given: "dict[str, Batc
     Raises: WeightsError where they are not those that its card speaks of.
     """
     channels, crop = card.network.in_channels, card.preprocess.crop
-    shapes: dict[str, _Shape] = {name: [None, *array.shape[1:]] for name, array in given.items()}
+    shapes: dict[str, Shape] = {name: [None, *array.shape[1:]] for name, array in given.items()}
     if CLASS_WEIGHTS in given:
         shapes[CLASS_WEIGHTS] = list(given[CLASS_WEIGHTS].shape)
     if FEATURES in given and given[FEATURES].ndim == 4:
         shapes[FEATURES] = [None, given[FEATURES].shape[1], None, None]
-    return _check_signature(path, card, {INPUT: [None, channels, crop, crop]}, shapes)
+    return check_signature(path, card, {INPUT: [None, channels, crop, crop]}, shapes)
 
 
 def check_batch(x_BCHW: "Batch", card: Card) -> None:
@@ -397,8 +276,8 @@ Export the model again with `--outputs features`.
         )
 
 
-def _listed(values: dict[str, _Shape]) -> str:
-    def text(shape: _Shape) -> str:
+def _listed(values: dict[str, Shape]) -> str:
+    def text(shape: Shape) -> str:
         return "other numbers" if shape is None else " x ".join("any" if size is None else str(size) for size in shape)
 
     return ", ".join(f"{name}: {text(shape)}" for name, shape in values.items())[:300]
