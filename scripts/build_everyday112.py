@@ -15,7 +15,8 @@ What is kept, exactly:
 - Imagenette keeps its own split. Elsewhere a photo is for validation when the first 32 bits of the SHA-256 of its
   file, as a big-endian number, modulo 100 are below 15.
 
-This gives 21,585 photos for training and 6,051 for validation from the published collections.
+This gives 21,585 photos for training and 6,051 for validation from the published collections. With `--all-pets` the
+cats and dogs beyond the first 3,000 of each are kept too, all of them for training: 40,562 photos, and the same 6,051.
 
 Overlaps that stay, since each class keeps its publisher's labels: Caltech-101's `dalmatian` shows dogs and its
 `wild_cat` some house cats; Imagenette's English springer is a dog too; `lotus` has water lilies; `electric_guitar`
@@ -46,7 +47,8 @@ from pathlib import Path
 from weightnet.errors import DataError, UsageError, WeightNetError
 
 CLASS_TABLE = Path(__file__).with_name("everyday112_classes.csv")
-EXPECTED_PHOTOS = {"train": 21_585, "val": 6_051}
+SPLITS = ("train", "val")
+EXPECTED_PHOTOS = {False: {"train": 21_585, "val": 6_051}, True: {"train": 40_562, "val": 6_051}}  # by --all-pets
 SUFFIXES = (".jpg", ".jpeg")
 MIN_SIDE_PX = 60
 MAX_PETS = 3_000
@@ -84,12 +86,16 @@ class PhotoClass:
 
 @dataclasses.dataclass(frozen=True)
 class PhotoFolder:
-    """A folder of a collection: its photos belong to one class and, in Imagenette, to one split."""
+    """A folder of a collection: its photos belong to one class and, in Imagenette, to one split.
+
+    Photos beyond the limit are left out or, where the rest is for training, kept for that.
+    """
 
     photo_class: PhotoClass
     path: Path
     split: str | None = None
     limit: int | None = None
+    rest_trains: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +132,9 @@ def subfolders(root: Path, option: str) -> dict[str, Path]:
     return {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
 
 
-def photo_folders(classes: list[PhotoClass], pets: Path, caltech: Path, imagenette: Path) -> list[PhotoFolder]:
+def photo_folders(
+    classes: list[PhotoClass], pets: Path, caltech: Path, imagenette: Path, *, all_pets: bool
+) -> list[PhotoFolder]:
     """Return every folder to read, in the order in which first photos are told from repeats.
 
     Raises:
@@ -134,9 +142,9 @@ def photo_folders(classes: list[PhotoClass], pets: Path, caltech: Path, imagenet
         DataError: folders of the published layout are missing.
     """
     found = {"pets": subfolders(pets, "--pets"), "caltech": subfolders(caltech, "--caltech")}
-    found |= {split: subfolders(imagenette / split, "--imagenette") for split in EXPECTED_PHOTOS}
+    found |= {split: subfolders(imagenette / split, "--imagenette") for split in SPLITS}
     wanted = [(row, row.source) for row in classes if row.source != "imagenette"]
-    wanted += [(row, split) for split in EXPECTED_PHOTOS for row in classes if row.source == "imagenette"]
+    wanted += [(row, split) for split in SPLITS for row in classes if row.source == "imagenette"]
     missing = [f"{place}/{row.folder}" for row, place in wanted if row.folder not in found[place]]
     if missing:
         raise DataError(
@@ -147,8 +155,9 @@ def photo_folders(classes: list[PhotoClass], pets: Path, caltech: Path, imagenet
         PhotoFolder(
             row,
             found[place][row.folder],
-            split=place if place in EXPECTED_PHOTOS else None,
+            split=place if place in SPLITS else None,
             limit=MAX_PETS if place == "pets" else None,
+            rest_trains=all_pets,
         )
         for row, place in wanted
     ]
@@ -180,11 +189,11 @@ def photos_in(folder: Path) -> list[Path]:
 
 
 def kept_photos(folder: PhotoFolder, pool: Executor, seen: set[str], left_out: Counter[str]) -> Iterator[Look]:
-    """Yield the photos of a folder that are kept, up to its limit; note them in `seen`, the others in `left_out`."""
+    """Yield the photos of a folder that are kept; note them in `seen`, the others in `left_out`."""
     paths, kept = photos_in(folder.path), 0
     for start in range(0, len(paths), CHUNK_PHOTOS):
         for look in pool.map(look_at, paths[start : start + CHUNK_PHOTOS], chunksize=16):
-            if kept == folder.limit:
+            if kept == folder.limit and not folder.rest_trains:
                 return
             fault = look.fault or ("repeated" if look.sha256 in seen else None)
             if fault is not None:
@@ -229,8 +238,9 @@ def fill(out: Path, folders: list[PhotoFolder], pool: Executor) -> Totals:
         table.writerow(("split", "folder", "file", "source", "source_path", "sha256"))
         for folder in folders:
             name, source = folder.photo_class.folder, folder.photo_class.source
-            for look in kept_photos(folder, pool, seen, totals.left_out):
-                split = folder.split or split_of(look.sha256)
+            for number, look in enumerate(kept_photos(folder, pool, seen, totals.left_out)):
+                is_rest = folder.limit is not None and number >= folder.limit
+                split = folder.split or ("train" if is_rest else split_of(look.sha256))
                 file_name = look.path.name if source == "imagenette" else f"{name}_{look.path.name}"
                 link_or_copy(look.path, out / split / name / file_name)
                 source_path = "/".join(look.path.parts[-3 if folder.split else -2 :])
@@ -239,7 +249,7 @@ def fill(out: Path, folders: list[PhotoFolder], pool: Executor) -> Totals:
     return totals
 
 
-def build(pets: Path, caltech: Path, imagenette: Path, out: Path, *, pool: Executor) -> Totals:
+def build(pets: Path, caltech: Path, imagenette: Path, out: Path, *, pool: Executor, all_pets: bool = False) -> Totals:
     """Build the data set beside `out` and put it there when it is whole.
 
     Raises:
@@ -247,14 +257,14 @@ def build(pets: Path, caltech: Path, imagenette: Path, out: Path, *, pool: Execu
         DataError: a collection has not its publisher's layout.
     """
     classes = read_class_table()
-    folders = photo_folders(classes, pets, caltech, imagenette)
+    folders = photo_folders(classes, pets, caltech, imagenette, all_pets=all_pets)
     partial = out.with_name(out.name + ".partial")
     for path in (out, partial):
         if path.exists():
             raise UsageError(f"--out must be new. Got {path}, which exists. Remove it or choose another folder.")
     partial.mkdir(parents=True)
     try:
-        for split in EXPECTED_PHOTOS:
+        for split in SPLITS:
             for photo_class in classes:
                 (partial / split / photo_class.folder).mkdir(parents=True)
         write_class_table(partial / "classes.csv", classes)
@@ -266,20 +276,21 @@ def build(pets: Path, caltech: Path, imagenette: Path, out: Path, *, pool: Execu
     return totals
 
 
-def summary(totals: Totals) -> str:
+def summary(totals: Totals, *, all_pets: bool = False) -> str:
     """Return the totals as text, with a warning where they are not those of the published collections."""
     lines = [f"{'source':<12}{'train':>8}{'val':>8}"]
     lines += [
         f"{source:<12}{totals.kept[source, 'train']:>8}{totals.kept[source, 'val']:>8}"
         for source in ("pets", "caltech", "imagenette")
     ]
-    photos = {split: sum(n for (_, of), n in totals.kept.items() if of == split) for split in EXPECTED_PHOTOS}
+    photos = {split: sum(n for (_, of), n in totals.kept.items() if of == split) for split in SPLITS}
     lines.append(f"{'all':<12}{photos['train']:>8}{photos['val']:>8}")
     reasons = ("repeated", "undecodable", "small")
     lines.append("left out: " + ", ".join(f"{totals.left_out[reason]} {reason}" for reason in reasons))
-    if photos != EXPECTED_PHOTOS:
+    expected = EXPECTED_PHOTOS[all_pets]
+    if photos != expected:
         lines.append(
-            f"warning: the published collections give {EXPECTED_PHOTOS['train']} and {EXPECTED_PHOTOS['val']} photos. "
+            f"warning: the published collections give {expected['train']} and {expected['val']} photos. "
             "These copies differ from them, so an accuracy measured on them may differ too."
         )
     return "\n".join(lines)
@@ -299,13 +310,17 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{option}", type=Path, required=True, metavar="DIR", help=f"the folder of {folders}")
     parser.add_argument(
+        "--all-pets", action="store_true", help="keep all cats and dogs, those beyond the first 3,000 for training"
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder; its photos are hard links where possible"
     )
     arguments = parser.parse_args(argv)
     try:
         with ProcessPoolExecutor(PROCESSES) as pool:
-            totals = build(arguments.pets, arguments.caltech, arguments.imagenette, arguments.out, pool=pool)
-        print(summary(totals))
+            sources: tuple[Path, Path, Path] = (arguments.pets, arguments.caltech, arguments.imagenette)
+            totals = build(*sources, arguments.out, pool=pool, all_pets=arguments.all_pets)
+        print(summary(totals, all_pets=arguments.all_pets))
     except (WeightNetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

