@@ -3,10 +3,11 @@
     python benchmarks/train_step.py [--threads N] [--rounds N] [--out benchmarks/results/train_step.json]
     python benchmarks/train_step.py --table benchmarks/results/train_step.json
 
-One step is forward, loss, backward and an update by stochastic gradient descent, channels last, float32, on random
-photos in memory. The forms take turns, a step each, so that whatever else the machine does meets all of them alike;
-figures are medians over the rounds. Before that the gradients of all forms are compared in float64, and each form runs
-two steps in a process of its own, for its peak memory.
+One step is forward, loss, backward and an update by stochastic gradient descent, float32, on random photos in memory,
+channels last; the per-sample form runs channels first besides, as ports have it. Freed memory is kept, as `weightnet
+train` keeps it. The forms take turns, a step each, so that whatever else the machine does meets all of them alike;
+figures are medians over the rounds. Before that the gradients of all forms are compared in float64, each form runs
+two steps in a process of its own, for its peak memory, and `auto` runs in processes that keep freed memory or do not.
 """
 
 import argparse
@@ -26,8 +27,11 @@ import torch.nn.functional as F
 from inference import show
 
 import weightnet
+from weightnet.train.memory import keep_freed_memory
 
 PLAIN, FORMS = "plain", ("reference", "feature", "matmul", "auto")
+AS_PORTED = "reference, channels first"
+ROWS = (PLAIN, AS_PORTED, *FORMS)
 SETTINGS = ((64, 128), (224, 32))  # pixels, photos
 CLASSES = 100
 
@@ -37,15 +41,20 @@ def network_of(form: str) -> Any:
     torch.manual_seed(0)
     network = weightnet.load("shufflenet_v2_x0_5.plain" if form == PLAIN else "shufflenet_v2_x0_5", num_classes=CLASSES)
     if form != PLAIN:
-        weightnet.set_form(network, form)  # type: ignore[arg-type]
-    return network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        weightnet.set_form(network, "reference" if form == AS_PORTED else form)  # type: ignore[arg-type]
+    return network.to(memory_format=layout_of(form)).train()  # type: ignore[call-overload]
+
+
+def layout_of(form: str) -> torch.memory_format:
+    """Return the memory layout in which a row computes."""
+    return torch.contiguous_format if form == AS_PORTED else torch.channels_last
 
 
 def step_of(form: str, size: int, batch: int) -> Callable[[], None]:
     """Return a function that does one training step."""
     network = network_of(form)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    photos = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    photos = torch.randn(batch, 3, size, size).to(memory_format=layout_of(form))
     labels = torch.randint(CLASSES, (batch,))
 
     def step() -> None:
@@ -75,9 +84,26 @@ def peak_memory_mb(form: str, size: int, batch: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def step_ms(size: int, batch: int, rounds: int, *, keep: bool) -> float:
+    """Return the milliseconds of a step of `auto` in a process that keeps freed memory, or gives it back."""
+    options = ["--threads", str(torch.get_num_threads()), "--rounds", str(rounds), "--keep" if keep else "--no-keep"]
+    command = [sys.executable, __file__, *options, "--step-of", str(size), str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def median_ms(step: Callable[[], None], rounds: int) -> float:
+    """Return the median duration of a step, in milliseconds, after two that do not count."""
+    times = []
+    for _ in range(rounds + 2):
+        begun_at = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begun_at)
+    return 1000 * statistics.median(times[2:])
+
+
 def measure(size: int, batch: int, rounds: int, memory_mb: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return photos per second, their ratios and the peak memory of every form."""
-    steps = {form: step_of(form, size, batch) for form in (PLAIN, *FORMS)}
+    steps = {form: step_of(form, size, batch) for form in ROWS}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {form: [] for form in steps}
@@ -111,7 +137,10 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
             lines.append(
                 f"| {setting} | {form} | {row['photos_per_s']:,.0f} | {time_of} | {ratios} | {row['peak_memory_mb']} |"
             )
-    return {"steps": "\n".join(lines)}
+    kept = ["| setting | freed memory given back, ms | kept, ms | kept to given back |", "|---" * 4 + "|"]
+    for setting, ms in report["freed_memory"].items():
+        kept.append(f"| {setting} | {ms['given_back']} | {ms['kept']} | {ms['kept'] / ms['given_back']:.2f} |")
+    return {"steps": "\n".join(lines), "freed memory": "\n".join(kept)}
 
 
 def main() -> None:
@@ -122,8 +151,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     parser.add_argument("--memory-of", nargs=3, metavar=("FORM", "SIZE", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--step-of", nargs=2, type=int, metavar=("SIZE", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.keep:
+        keep_freed_memory()
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
@@ -133,8 +166,17 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
+    if options.step_of:
+        print(median_ms(step_of("auto", *options.step_of), options.rounds))
+        return
     # Memory first, while this process is small: a child begins with the peak of its parent.
-    memory_mb = {of: {form: peak_memory_mb(form, *of) for form in (PLAIN, *FORMS)} for of in SETTINGS}
+    memory_mb = {of: {form: peak_memory_mb(form, *of) for form in ROWS} for of in SETTINGS}
+    freed_ms = {
+        f"{of[0]} px, batch {of[1]}": {
+            how: round(step_ms(*of, options.rounds, keep=how == "kept"), 1) for how in ("given_back", "kept")
+        }
+        for of in SETTINGS
+    }
     rows_of = {f"{of[0]} px, batch {of[1]}": measure(*of, options.rounds, memory_mb[of]) for of in SETTINGS}
     report = {
         "command": f"python benchmarks/train_step.py --threads {options.threads} --rounds {options.rounds}",
@@ -143,6 +185,7 @@ def main() -> None:
         "torch": str(torch.__version__),
         "weightnet": weightnet.__version__,
         "gradients_differ_by": largest_gradient_difference(),
+        "freed_memory": freed_ms,
         "rows": rows_of,
     }
     show(tables(report))

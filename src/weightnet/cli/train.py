@@ -51,7 +51,9 @@ def train(
 
     with needs_torch("`weightnet train`", extra="train"):
         from weightnet.train.loop import fit
+        from weightnet.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     with _reports() as report:
         card = fit(options, resume=resume, report=report)
     if os.environ.get("RANK", "0") == "0":  # under torchrun, the first process speaks for all

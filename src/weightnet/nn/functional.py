@@ -115,13 +115,16 @@ def weightnet_conv2d_feature(
     Source: the identity is derived in docs/layer.md.
     """
     groups = x_BCHW.shape[1] if depthwise else 1
-    blocks = zip(x_BCHW.chunk(bank_OGPIkk.shape[1], 1), a_BOGP.unbind(2), bank_OGPIkk.unbind(1), strict=True)
-    y_BOHW: Tensor | None = None
-    for x_BIHW, a_BOP, bank_OPIkk in blocks:
-        for a_BO, kernel_OIkk in zip(a_BOP.unbind(2), bank_OPIkk.unbind(1), strict=True):
-            features = _conv(x_BIHW, kernel_OIkk, stride, padding, dilation, groups)
-            gains = a_BO[:, :, None, None]
-            y_BOHW = features * gains if y_BOHW is None else torch.addcmul(y_BOHW, features, gains)
+    blocks, mixed = bank_OGPIkk.shape[1:3]
+    if blocks == mixed == 1:
+        features = _conv(x_BCHW, bank_OGPIkk.flatten(0, 2), stride, padding, dilation, groups)
+        return features * a_BOGP.flatten(1)[:, :, None, None]
+    inputs, y_BOHW = x_BCHW.chunk(blocks, 1), None
+    gates_and_kernels = zip(a_BOGP.flatten(2).unbind(2), bank_OGPIkk.flatten(1, 2).unbind(1), strict=True)
+    for number, (a_BO, kernel_OIkk) in enumerate(gates_and_kernels):
+        features = _conv(inputs[number // mixed], kernel_OIkk, stride, padding, dilation, groups)
+        gains = a_BO[:, :, None, None]
+        y_BOHW = features * gains if y_BOHW is None else torch.addcmul(y_BOHW, features, gains)
     assert y_BOHW is not None  # G and P are at least 1
     return y_BOHW
 
@@ -229,7 +232,7 @@ def _kernel_columns(a_BOGP: Tensor, bank_OGPIkk: Tensor) -> Tensor:
     """
     a_BGPO, bank_GPKO = a_BOGP.permute(0, 2, 3, 1), bank_OGPIkk.flatten(3).permute(1, 2, 3, 0)
     if a_BGPO.shape[2] == 1:
-        return (a_BGPO * bank_GPKO[:, 0]).flatten(1, 2)
+        return (a_BGPO * bank_GPKO.squeeze(1)).flatten(1, 2)
     return torch.einsum("bgpo,gpko->bgko", a_BGPO, bank_GPKO).flatten(1, 2)
 
 
