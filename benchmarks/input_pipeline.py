@@ -47,7 +47,7 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
         config = TrainConfig(data=root, out=folder, batch_size=128, min_scale=0.2, interpolation="area", **options)
         photos, _ = read_folders(root)
         fabric = start_fabric(config)
-        state, model = _start(fabric, config, len(photos.classes), None, begun=False)
+        state, model = _start(fabric, config, photos.classes, None, begun=False)
         batches = data.EpochBatches(photos.labels, config)
         rates: dict[str, list[float]] = {"S": [], "D": [], "T": []}
         with data.cached(photos, config, Path(folder, "photos.cache"), lambda: None) as kept:

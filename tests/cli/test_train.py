@@ -100,12 +100,14 @@ def test_train_makes_a_model_that_predict_takes(weightnet, tmp_path):
             for index in range(8):
                 picture = rng.integers(0, 60, (48, 48, 3)) + 180 * number
                 cv2.imwrite(str(folder / f"{index}.png"), picture.astype(np.uint8))
+    (tmp_path / "photos" / "train" / "light" / "9.png").write_bytes(b"no photo")
     run = tmp_path / "run"
     sizes = ["--train-size", 32, "--resize", 32, "--crop", 32, "--workers", 0, "--device", "cpu"]
     arguments = ["--data", tmp_path / "photos", "--out", run, "--epochs", 1, "--batch-size", 8, *sizes]
     outcome = weightnet("train", *arguments)
     assert outcome.code == 0
     assert outcome.out.startswith(f"{run}: ")
+    assert f"1 photos could not be read and are left out, see {run / 'unreadable.csv'}" in outcome.err
     answered = weightnet("predict", tmp_path / "photos" / "val", "--model", run, "--json")
     assert answered.code == 0
     assert {score["label"] for row in json.loads(answered.out) for score in row["top"]} == {"dark", "light"}

@@ -88,11 +88,12 @@ def test_read_folders_refuses_an_empty_class(data: Path, split: str) -> None:
         read_folders(data)
 
 
-def test_read_folders_refuses_photos_one_level_deeper(data: Path) -> None:
-    (data / "train" / "cat" / "images").mkdir()
-    (data / "train" / "cat" / "3.webp").rename(data / "train" / "cat" / "images" / "3.webp")
-    with pytest.raises(DataError, match="must hold photos itself"):
-        read_folders(data)
+def test_read_folders_takes_photos_at_any_depth_but_hidden_ones(data: Path) -> None:
+    for folder in ("a", "a/b", ".hidden"):
+        (data / "train" / "cat" / folder).mkdir()
+        (data / "train" / "cat" / folder / "0.png").touch()
+    train, _ = read_folders(data)
+    assert [name for name in train.files if name.startswith("cat/")] == ["cat/3.webp", "cat/a/0.png", "cat/a/b/0.png"]
 
 
 def test_read_folders_refuses_different_classes(data: Path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weightnet
-from weightnet.errors import DataError
+from weightnet.errors import DataError, WeightsWarning
 from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
@@ -168,6 +168,20 @@ def test_fit_starts_from_pretrained_weights_and_their_pixels(tmp_path: Path, mak
     np.testing.assert_allclose(after["classifier.0.weight"], before["classifier.0.weight"], atol=1e-6)
     # Four batches of raw pixels have moved the mean by more than normalised ones, which are about 1, ever could.
     assert np.abs(after["first_conv.1.running_mean"] - before["first_conv.1.running_mean"]).max() > 2
+
+
+def test_fit_begins_a_new_classifier_for_other_classes_of_the_same_number(
+    own_photos: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    fit(make_config(epochs=1))
+    options = {"pretrained": str(tmp_path / "run"), "out": str(tmp_path / "tuned"), "epochs": 1, "learning_rate": 1e-9}
+    for part in ("train", "val"):
+        (own_photos / part / "red").rename(own_photos / part / "crimson")
+    with pytest.warns(WeightsWarning, match=r"The classifier is new: .*run knows other classes"):
+        fit(make_config(**options, data=str(own_photos)))
+    before, after = (safetensors.numpy.load_file(tmp_path / run / "weights.safetensors") for run in ("run", "tuned"))
+    assert np.abs(after["classifier.0.weight"] - before["classifier.0.weight"]).max() > 1e-3
+    np.testing.assert_allclose(after["conv_last.0.weight"], before["conv_last.0.weight"], atol=1e-6)
 
 
 def test_fit_gives_the_same_bits_for_any_workers_and_cache(tmp_path: Path, make_config: MakeConfig) -> None:

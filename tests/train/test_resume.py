@@ -181,6 +181,26 @@ def test_fit_refuses_to_resume_with_other_photos(own_photos: Path, make_config: 
         fit(config, resume=True)
 
 
+def test_fit_refuses_to_resume_with_other_names_of_classes(own_photos: Path, make_config: MakeConfig) -> None:
+    config = make_config(data=str(own_photos))
+    with pytest.raises(TrainingError):
+        fit(config, report=stop_at(1, send(signal.SIGTERM)))
+    (own_photos / "classes.csv").write_text("folder,label\nblue,red\ngreen,green\nred,blue\n")
+    with pytest.raises(UsageError, match="must keep the names of its classes"):
+        fit(config, resume=True)
+
+
+def test_fit_refuses_a_folder_with_a_model_that_cannot_be_resumed(tmp_path: Path, make_config: MakeConfig) -> None:
+    fit(make_config(epochs=1))
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    before = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="holds a model, and no checkpoint to resume"):
+            fit(make_config(epochs=1, seed=1))
+        assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
+        (tmp_path / "run" / "weights.json").unlink(missing_ok=True)
+
+
 def test_fit_resumes_with_free_options(own_photos: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     config = make_config(data=str(own_photos))
     with pytest.raises(TrainingError):
@@ -226,6 +246,12 @@ def test_fit_says_that_the_loss_is_not_finite(tmp_path: Path, make_config: MakeC
     with pytest.raises(TrainingError, match=r"must be finite.*lower learning_rate"):
         fit(make_config(learning_rate=1e30, jitter=0.0))
     assert math.isfinite(weightnet.load(str(tmp_path / "run")).first_conv[0].weight.sum().item())
+
+
+def test_fit_says_that_the_model_is_not_finite(make_config: MakeConfig) -> None:
+    """One step that runs off shows in the evaluation, after a finite loss."""
+    with pytest.raises(TrainingError, match=r"must be finite.*lower learning_rate"):
+        fit(make_config(batch_size=36, epochs=1, learning_rate=1e29))
 
 
 def test_fit_refuses_a_device_that_is_not_there(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

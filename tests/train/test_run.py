@@ -18,7 +18,7 @@ from weightnet.train.folders import PhotoFolder, read_folders
 from weightnet.train.loop import _start, fit, start_fabric
 from weightnet.train.run import RunFolder, RunState
 from weightnet.zoo import cards
-from weightnet.zoo.cards import read_card
+from weightnet.zoo.cards import numbered_classes, read_card
 
 from .conftest import MakeConfig, log_of, weights_of
 
@@ -111,7 +111,7 @@ def test_first_save_that_fails_ends_the_run_before_a_step(
 @pytest.fixture
 def parts(make_config: MakeConfig, photos: Path) -> tuple[RunState, PhotoFolder]:
     config = make_config(ema_decay=0.5)
-    state, _ = _start(start_fabric(config), config, 3, None, begun=False)
+    state, _ = _start(start_fabric(config), config, numbered_classes(3), None, begun=False)
     return state, read_folders(photos)[0]
 
 
@@ -137,7 +137,7 @@ def test_restore_brings_everything_back(
     state, folder = parts
     state.step, state.loss_sum, state.loss_photos, state.skipped = 3, 0.1 + 0.2, 7, 2
     state.unreadable, state.history = {"train/red/\udcff.png": "no"}, [{"step": 2, "loss": 1 / 3}]
-    other, _ = _start(start_fabric(config), dataclasses.replace(config, seed=1), 3, None, begun=False)
+    other, _ = _start(start_fabric(config), dataclasses.replace(config, seed=1), numbered_classes(3), None, begun=False)
     with RunFolder.open(config, folder, resume=False) as run:
         run.save(state)
         run.restore(other)

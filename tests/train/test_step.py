@@ -13,13 +13,14 @@ from weightnet.train.data import Batch
 from weightnet.train.loop import _start, fit, start_fabric
 from weightnet.train.run import RunState
 from weightnet.train.step import learning_rate, loss_of, mix, update
+from weightnet.zoo.cards import numbered_classes
 
 from .conftest import MakeConfig, log_of, weights_of
 
 
 def one_step(config: TrainConfig, batch: Batch) -> tuple[RunState, float]:
     fabric = start_fabric(config)
-    state, model = _start(fabric, config, 3, None, begun=False)
+    state, model = _start(fabric, config, numbered_classes(3), None, begun=False)
     state.network.dropout.p = 0.0
     return state, update(fabric, model, state, batch, config, 10)
 
@@ -51,7 +52,7 @@ def test_update_clips_the_gradient(make_config: MakeConfig, batch: Batch) -> Non
 
 
 def one_step_start(config: TrainConfig) -> list[nn.Parameter]:
-    state, _ = _start(start_fabric(config), config, 3, None, begun=False)
+    state, _ = _start(start_fabric(config), config, numbered_classes(3), None, begun=False)
     return list(state.network.parameters())
 
 

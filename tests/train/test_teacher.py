@@ -56,6 +56,26 @@ def test_fit_with_teacher_keeps_the_network_alone(tmp_path: Path, make_config: M
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+def test_fit_shows_the_teacher_the_views_that_epochs_take(make_config: MakeConfig, taught: str) -> None:
+    reports: list[Progress] = []
+    fit(make_config(teacher=taught, teacher_views=5, epochs=2), report=reports.append)
+    assert [p.taught for p in reports if p.taught] == [(36, 72), (72, 72)]
+
+
+def test_fit_begins_without_what_another_run_was_taught(tmp_path: Path, make_config: MakeConfig, taught: str) -> None:
+    left = tmp_path / "run" / "teacher" / "view0.npy"
+    left.parent.mkdir(parents=True)
+    np.save(left, np.zeros((36, 3), np.float16))
+
+    def look(progress: Progress) -> None:
+        if progress.taught is None:
+            assert np.load(left).sum() > 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_config(teacher=taught, teacher_views=1), report=look)
+
+
 def test_fit_learns_classes_from_the_teacher_alone(tmp_path: Path, make_config: MakeConfig, taught: str) -> None:
     """With no label to learn from but noise, features that tell the classes apart come from the teacher."""
     options: dict[str, Any] = {
@@ -85,7 +105,7 @@ def test_fit_with_teacher_resumed_ends_the_same(
     fit(make_config(out=str(tmp_path / "whole"), **options))
 
     def stop(progress: Progress) -> None:
-        if progress.taught == (72, 108) if moment == "the teacher looks" else progress.step == 5:
+        if progress.taught == (36, 72) if moment == "the teacher looks" else progress.step == 5:
             raise KeyboardInterrupt
 
     config = make_config(checkpoint_minutes=0.0, **options)

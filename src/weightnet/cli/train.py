@@ -54,7 +54,7 @@ def train(
         from weightnet.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    with _reports() as report:
+    with _reports(options.out) as report:
         card = fit(options, resume=resume, report=report)
     if os.environ.get("RANK", "0") == "0":  # under torchrun, the first process speaks for all
         results.write(printable(f"{options.out}: {figures(card.measured)}") + "\n")
@@ -62,8 +62,8 @@ def train(
 
 
 @contextmanager
-def _reports() -> "Iterator[Callable[[Progress], None]]":
-    """Show steps in a progress bar, where standard error is a terminal, and each evaluation on a line."""
+def _reports(out: str) -> "Iterator[Callable[[Progress], None]]":
+    """Show steps in a progress bar, where standard error is a terminal, and evaluations line by line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -76,6 +76,9 @@ def _reports() -> "Iterator[Callable[[Progress], None]]":
         def report(progress: "Progress") -> None:
             if progress.measured is not None:
                 say(f"epoch {progress.epoch}: {figures(progress.measured)}")
+                if progress.unreadable:
+                    listed = os.path.join(out, "unreadable.csv")
+                    say(f"{progress.unreadable} photos could not be read and are left out, see {listed}")
                 return
             if progress.taught is not None:
                 done, total = progress.taught

@@ -27,6 +27,16 @@ class ClassLabel:
     wnid: str | None = None
     imagenet_index: int | None = None
 
+    def is_same(self, other: "ClassLabel") -> bool:
+        """Say whether both are one thing: by WordNet id where both have one, else by label.
+
+        >>> ClassLabel("tench", wnid="n01440764").is_same(ClassLabel("Tinca tinca", wnid="n01440764"))
+        True
+        """
+        if self.wnid and other.wnid:
+            return self.wnid == other.wnid
+        return self.label == other.label
+
 
 @functools.cache
 def imagenet_classes() -> tuple[ClassLabel, ...]:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import yaml
 
 from weightnet.errors import UnknownModelError, UsageError, nearest
-from weightnet.images.transforms import Preprocess
+from weightnet.images.transforms import MAX_RESIZE_PX, Preprocess
 from weightnet.nn.variants import VARIANTS
 
 PYPI_TEACHERS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")  # of ImageNet's 1,000 classes
 MIN_SIZE_PX = 32  # the smallest input that the networks take
+MAX_COUNT, MAX_RATE = 10**9, 1e30  # beyond any run, and within what PyTorch counts and computes with
 GROWTH_STEP_PX = 8  # of training crops, so that few sizes occur
 
 
@@ -124,14 +125,21 @@ class TrainConfig:
                 f"model must be the name of a network of the zoo. Got model={self.model!r}. "
                 f"{nearest(self.model, VARIANTS) or 'See `weightnet models`.'}"
             )
+        for name in ("data", "out"):
+            _require(bool(getattr(self, name)), name, "the name of a folder", getattr(self, name))
         for name in ("epochs", "accumulate", "evaluate_every", "teacher_views"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "teacher_views", "workers"):
+            _require((getattr(self, name) or 0) <= MAX_COUNT, name, f"at most {MAX_COUNT:,}", getattr(self, name))
+        for name in ("learning_rate", "weight_decay", "clip_norm", "mixup", "teacher_weight", "checkpoint_minutes"):
+            _require(getattr(self, name) <= MAX_RATE, name, f"at most {MAX_RATE:g}", getattr(self, name))
         if self.freeze and self.pretrained is None:
             raise UsageError("freeze must come with pretrained weights. Got freeze without them. Name some.")
         least = 2 * self.accumulate
         _require(self.batch_size >= least, "batch_size", f"at least {least}, for batch statistics", self.batch_size)
         for name in ("train_size", "teacher_size", "crop"):
-            _require(getattr(self, name) >= MIN_SIZE_PX, name, f"at least {MIN_SIZE_PX} px", getattr(self, name))
+            rule = f"from {MIN_SIZE_PX} to {MAX_RESIZE_PX} px"
+            _require(MIN_SIZE_PX <= getattr(self, name) <= MAX_RESIZE_PX, name, rule, getattr(self, name))
         for name in ("momentum", "label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("balance", "jitter"):

@@ -15,6 +15,7 @@ from weightnet.images.transforms import Preprocess
 from weightnet.predict import metrics
 from weightnet.train.data import Unreadable, validation_loader
 from weightnet.train.folders import PhotoFolder
+from weightnet.train.run import diverged
 
 
 class Evaluation(NamedTuple):
@@ -50,7 +51,7 @@ def evaluate(
         workers: processes that load photos, as in `TrainConfig`.
         check_stop: called before each batch; what it raises ends the evaluation.
 
-    Raises: DataError where no photo can be read.
+    Raises: DataError where no photo can be read; TrainingError where the network gives numbers that are not finite.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -67,6 +68,8 @@ def evaluate(
             f"{folder.root} must hold photos that can be read. Got none among {len(folder)}: {unreadable[0].reason}"
         )
     all_logits, all_labels = np.concatenate(logits), np.concatenate(labels)
+    if not np.isfinite(all_logits).all():
+        raise diverged("logits that are not, of validation photos")
     figures = {"photos": len(all_labels), "unreadable": len(unreadable), **metrics.summary(all_logits, all_labels)}
     return Evaluation(figures, unreadable)
 

@@ -1,4 +1,4 @@
-"""A data folder: `train/` and `val/`, each with one folder of photos per class.
+"""A data folder: `train/` and `val/`, each with one folder per class, of photos or of folders of them.
 
 Class names are the folder names, or the rows of an optional `classes.csv` beside the two (columns folder, label, wnid,
 imagenet_index), whose order is then that of the classes. Names that begin with a dot are passed over.
@@ -27,7 +27,7 @@ class PhotoFolder:
 
     Args:
         root: the folder of the split.
-        files: "class folder/name" of each photo, sorted by class, then by name.
+        files: "class folder/name" of each photo, sorted by class, then by name; a name may lead through folders.
         labels: class index of each.
         classes: one entry per class index.
     """
@@ -160,15 +160,27 @@ def _read_split(split: Path, folders: list[str], classes: tuple[ClassLabel, ...]
     files: list[str] = []
     counts: list[int] = []
     for folder in folders:
-        with os.scandir(split / folder) as entries:
-            found = sorted(entry.name for entry in entries if _is_photo(entry.name))
+        found = _photos_below(split / folder)
         if not found:
             raise DataError(
-                f"Every class folder must hold photos itself. Got none in {split / folder}. Add some or remove it."
+                f"Every class folder must hold photos. Got none in {split / folder}. Add some or remove it."
             )
         files += [f"{folder}/{name}" for name in found]
         counts.append(len(found))
     return PhotoFolder(os.fspath(split), tuple(files), np.repeat(np.arange(len(folders)), counts), classes)
+
+
+def _photos_below(folder: Path) -> list[str]:
+    """Return the paths of the photos in a folder and in those within it, from the folder on, sorted."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(where, name), folder) for name in names if _is_photo(name)]
+    return sorted(found)
 
 
 def _is_photo(name: str) -> bool:

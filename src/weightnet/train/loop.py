@@ -2,27 +2,28 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from weightnet.errors import DataError, MissingDependencyError, TrainingError, UsageError
+from weightnet.errors import DataError, MissingDependencyError, TrainingError, UsageError, WeightsWarning
+from weightnet.images.labels import ClassLabel
 from weightnet.train import data
 from weightnet.train.config import TrainConfig
 from weightnet.train.data import Unreadable
 from weightnet.train.evaluation import evaluate
 from weightnet.train.folders import PhotoFolder
-from weightnet.train.run import RunFolder, RunState, diverged
+from weightnet.train.run import RunFolder, RunState
 from weightnet.train.shards import read_photos
 from weightnet.train.step import averaged_model, draw_from, parameter_groups, update
 from weightnet.train.teacher import Student, Teacher, load_teacher, teach
-from weightnet.zoo.cards import Card
+from weightnet.zoo.cards import Card, numbered_classes
 from weightnet.zoo.weights import load
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
         begun = fabric.broadcast(run.begun)
         teacher = None if config.teacher is None else load_teacher(config.teacher, fabric.device)
         targets = data.Targets(run.path / "teacher")
-        state, model = _start(fabric, config, len(train_photos.classes), teacher, begun=begun)
+        state, model = _start(fabric, config, train_photos.classes, teacher, begun=begun)
         if begun:
             run.restore(state)
         else:
@@ -161,8 +162,20 @@ def start_fabric(config: TrainConfig) -> "Fabric":
 def _process_group(fabric: "Fabric") -> Iterator[None]:
     """Within the block, the processes of a run on several of them can talk to each other."""
     fabric.launch()
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not _is_broken_connection(error):
+            raise
+        raise TrainingError(
+            f"All processes of a run must live to its end. Got one that has ended, and says why; here: {error}. "
+            "The last checkpoint is intact: mend the cause, and resume."
+        ) from error
     fabric.barrier()  # a process that ends early breaks the connections of the others
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # gloo has no class of its own
 
 
 def _any_process(fabric: "Fabric", flag: bool) -> bool:
@@ -178,16 +191,20 @@ def _ignore(progress: Progress) -> None:
 
 
 def _start(
-    fabric: "Fabric", config: TrainConfig, num_classes: int, teacher: Teacher | None, *, begun: bool
+    fabric: "Fabric", config: TrainConfig, classes: Sequence[ClassLabel], teacher: Teacher | None, *, begun: bool
 ) -> tuple[RunState, nn.Module]:
     """Return the state of a run that begins, and the network as Fabric runs it in training."""
     draw_from(fabric, config.seed, 0)
     pretrained = False if begun or config.pretrained is None else config.pretrained
-    network = load(config.model, pretrained=pretrained, num_classes=num_classes)
+    network = load(config.model, pretrained=pretrained, num_classes=len(classes))
     preprocess = config.preprocess
     if network.card is not None:  # weights keep the pixels that they were trained on
-        own = network.card.preprocess
+        card = network.card
+        own = card.preprocess
         preprocess = dataclasses.replace(preprocess, channel_order=own.channel_order, mean=own.mean, std=own.std)
+        if _knows_others(card.classes, classes):
+            warnings.warn(f"The classifier is new: {pretrained} knows other classes.", WeightsWarning, stacklevel=3)
+            network.reset_classifier(len(classes))
     if config.freeze:
         network.requires_grad_(False)
         network.classifier.requires_grad_(True)
@@ -200,6 +217,13 @@ def _start(
     state = RunState(network, average, optimizer, fabric.strategy.precision, preprocess)
     state.teacher_head = getattr(student, "teacher_head", None)
     return state, model
+
+
+def _knows_others(known: Sequence[ClassLabel], classes: Sequence[ClassLabel]) -> bool:
+    """Whether weights know as many classes, but not these; where they have no names, they are taken for the same."""
+    if len(known) != len(classes) or tuple(known) == numbered_classes(len(known)):
+        return False
+    return not all(one.is_same(other) for one, other in zip(known, classes, strict=True))
 
 
 def _train(
@@ -304,8 +328,6 @@ def _evaluation_row(
         check_stop=check_stop,
     )
     row = {"epoch": epoch, "step": state.step, "train_loss": state.loss_sum / state.loss_photos, **figures}
-    if not all(map(math.isfinite, row.values())):
-        raise diverged(f"a validation loss of {figures['loss']} after epoch {epoch}")
     state.history.append(row)
     state.note_unreadable(unreadable)
     state.loss_sum, state.loss_photos = 0.0, 0

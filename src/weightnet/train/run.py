@@ -33,14 +33,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import weightnet
-from weightnet.errors import TrainingError, UsageError
+from weightnet.errors import TrainingError, UsageError, WeightNetError
+from weightnet.images.labels import ClassLabel
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.train.config import TrainConfig
 from weightnet.train.curves import draw_curves
 from weightnet.train.data import Unreadable
 from weightnet.train.folders import PhotoFolder
-from weightnet.zoo.cards import Card, write_atomically, write_card
+from weightnet.zoo.cards import Card, read_card, write_atomically, write_card
 
 # Options that may change when a run is resumed: they change none of its numbers, or only where it runs and looks up.
 FREE_OPTIONS = {"out", "data", "workers", "device", "checkpoint_minutes", "evaluate_every", "terms"}
@@ -136,7 +137,10 @@ class RunFolder:
     ) -> Iterator["RunFolder"]:
         """Hold the run folder, made where it is missing, within the block; without `writes`, just look at it.
 
-        Raises: TrainingError where it cannot be made, another process holds it, or it has a run that is not resumed.
+        What a run that ended before its first checkpoint left there is removed.
+
+        Raises: TrainingError where it cannot be made, another process holds it, or it has a model already: a run that
+            is not resumed, or weights without a checkpoint.
         """
         run = cls(Path(config.out), config, photos, writes)
         if not writes:
@@ -157,6 +161,9 @@ class RunFolder:
         try:
             if run.begun and not resume:
                 raise TrainingError(f"The run folder must be new. Got a run in {run.path}. Resume it, or name another.")
+            if not run.begun:
+                run.check_free()
+                shutil.rmtree(run.path / "teacher", ignore_errors=True)
             for rest in run.path.glob(".*.part"):  # of a save that was cut off
                 rest.unlink(missing_ok=True)
             yield run
@@ -167,6 +174,19 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether there is a run to resume."""
         return (self.path / "checkpoint.pt").exists()
+
+    def check_free(self) -> None:
+        """Raise TrainingError where there are weights, but not those of a first save that was cut off."""
+        if not (self.path / "weights.safetensors").exists():
+            return
+        with contextlib.suppress(WeightNetError):
+            made_by = read_card(self.path / "weights.json").made_by
+            if "config" in made_by and not made_by.get("steps"):
+                return
+        raise TrainingError(
+            f"The run folder must be new. Got {self.path}, which holds a model, and no checkpoint to resume. "
+            "Name another."
+        )
 
     @property
     def seconds_since_save(self) -> float:
@@ -182,9 +202,10 @@ class RunFolder:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             options, photos = dict(saved["config"]), str(saved["photos"])
+            classes = tuple(ClassLabel(*row) for row in saved["classes"])
         except Exception as error:  # torch reports a damaged archive by many classes of exceptions
             raise _damaged(path, error) from error
-        self._check_same(options, photos)
+        self._check_same(options, photos, classes)
         try:
             state.set_from_dict(saved)
         except Exception as error:
@@ -198,7 +219,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        saved = {"config": dataclasses.asdict(self.config), "photos": self.photos.digest(), **state.to_dict()}
+        classes = [dataclasses.astuple(entry) for entry in self.photos.classes]
+        same = {"config": dataclasses.asdict(self.config), "photos": self.photos.digest(), "classes": classes}
+        saved = same | state.to_dict()
         if not all(_finite(saved[name]) for name in ("network", "average", "teacher_head") if name in saved):
             raise diverged(f"weights that are not at step {state.step}")
         checkpoint = io.BytesIO()
@@ -265,7 +288,7 @@ class RunFolder:
             terms=config.terms,
         )
 
-    def _check_same(self, options: dict[str, Any], photos: str) -> None:
+    def _check_same(self, options: dict[str, Any], photos: str, classes: tuple[ClassLabel, ...]) -> None:
         for field in dataclasses.fields(TrainConfig):
             value, before = getattr(self.config, field.name), options.get(field.name, field.default)
             if field.name not in FREE_OPTIONS and value != before:
@@ -276,6 +299,11 @@ class RunFolder:
         if photos != self.photos.digest():
             raise UsageError(
                 f"A resumed run must keep its training photos. Got others in {self.photos.root}. "
+                "Put them back, or start a new run."
+            )
+        if classes != self.photos.classes:
+            raise UsageError(
+                f"A resumed run must keep the names of its classes. Got others in {self.config.data}. "
                 "Put them back, or start a new run."
             )
 

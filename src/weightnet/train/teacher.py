@@ -135,7 +135,7 @@ def teach(
     fabric: "Fabric",
     report: Report,
 ) -> None:
-    """Write the teacher's probabilities of all views; views that are there already stay as they are.
+    """Write the teacher's probabilities of all views that epochs take; those that are there already stay as they are.
 
     Several processes take turns at the views, and each waits until all are there.
 
@@ -144,8 +144,9 @@ def teach(
 
     Raises: TrainingError where a file cannot be written.
     """
-    total = config.teacher_views * len(photos)
-    for view in range(fabric.global_rank, config.teacher_views, fabric.world_size):
+    views = min(config.teacher_views, config.epochs)
+    total = views * len(photos)
+    for view in range(fabric.global_rank, views, fabric.world_size):
         if targets.file(view).exists():
             continue
         part = targets.folder / f".view{view}.part"
@@ -166,7 +167,7 @@ def teach(
                 f"The run folder must have room for the teacher's probabilities. Got {part}: {error}. "
                 "Make room and resume, or start a new run with fewer teacher_views."
             ) from error
-    while not all(targets.file(view).exists() for view in range(config.teacher_views)):
+    while not all(targets.file(view).exists() for view in range(views)):
         report(0, total)  # stops this process where it shall
         time.sleep(WAIT_S)
 
