@@ -101,11 +101,11 @@ def test_fit_learns_classes_from_the_teacher_alone(tmp_path: Path, make_config: 
 def test_fit_with_teacher_resumed_ends_the_same(
     tmp_path: Path, make_config: MakeConfig, taught: str, moment: str
 ) -> None:
-    options: dict[str, Any] = {"teacher": taught, "teacher_views": 3, "teacher_size": 40}
+    options: dict[str, Any] = {"teacher": taught, "teacher_views": 3, "teacher_size": 40, "epochs": 3}
     fit(make_config(out=str(tmp_path / "whole"), **options))
 
     def stop(progress: Progress) -> None:
-        if progress.taught == (36, 72) if moment == "the teacher looks" else progress.step == 5:
+        if progress.taught == (72, 108) if moment == "the teacher looks" else progress.step == 5:
             raise KeyboardInterrupt
 
     config = make_config(checkpoint_minutes=0.0, **options)
