@@ -242,7 +242,7 @@ def test_export_refuses_the_place_of_another_models_card(small, tmp_path):
     with pytest.raises(UsageError, match=r"net.json is the card of another model, net.onnx. Choose another name"):
         export_model(small("plain"), tmp_path / "net.xml")
     assert (tmp_path / "net.json").read_bytes() == before
-    card = export_model(small("plain"), tmp_path / "net.onnx")
+    card = export_model(small("plain"), tmp_path / "net.onnx")  # the older file goes, and its card
     assert read_card(tmp_path / "net.json") == card
 
 
@@ -331,3 +331,34 @@ def test_export_says_what_mnn_cannot_convert(small, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"must be one that MNN takes\. Got: no such operator\. Write an \.onnx"):
         export_model(small("plain"), tmp_path / "net.mnn")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("suffix", "taken"), [(".onnx", "net.json"), (".xml", "net.json"), (".xml", "net.bin")])
+def test_export_overwrites_nothing_that_is_not_its_own(small, tmp_path, suffix, taken):
+    (tmp_path / taken).write_text('{"name": "not a card"}')
+    with pytest.raises(UsageError, match=rf"must be free. Got .*{taken}"):
+        export_model(small("r1"), tmp_path / f"net{suffix}")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(taken, '{"name": "not a card"}')]
+
+
+def test_export_overwrites_no_card_of_weights_of_other_kinds(small, tmp_path):
+    write_card(small("plain").card, tmp_path / "net.json")
+    (tmp_path / "net.pkl").touch()
+    with pytest.raises(UsageError, match=r"net.json is the card of another model, net.pkl"):
+        export_model(small("r1"), tmp_path / "net.onnx")
+
+
+def test_export_knows_the_models_own_card_again(small, tmp_path):
+    network = copy.deepcopy(small("r1"))
+    network.card = dataclasses.replace(network.card, notes={"sizes": (1, 2)})  # a list, once it was read
+    for suffix in (".onnx", ".xml"):
+        export_model(network, tmp_path / f"net{suffix}")
+    assert list(read_card(tmp_path / "net.json").notes["exports"]) == [".onnx", ".xml"]
+
+
+def test_export_takes_outputs_that_are_all_zero(small, tmp_path):
+    network = copy.deepcopy(small("r1"))
+    for parameter in network.classifier.parameters():
+        torch.nn.init.zeros_(parameter)
+    export_model(network, tmp_path / "net.onnx", outputs=["class_weights"])
+    assert not run(tmp_path / "net.onnx", np.zeros((1, 3, 64, 64), np.float32))["logits"].any()

@@ -236,6 +236,14 @@ def test_engine_refuses_a_broken_file_and_says_so_once(copied, capfd, suffix, en
     assert capfd.readouterr() == ("", "")
 
 
+def test_onnxruntime_prints_nothing_of_a_file_with_a_damaged_name(copied, capfd):
+    path = copied / "net.onnx"
+    path.write_bytes(path.read_bytes().replace(b"stages", b"\x9etages", 1))
+    with pytest.raises(WeightsError, match="must be one that its runtime runs"):
+        open_engine(path)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("engine", "node"),
     [("onnxruntime", "first_conv"), ("openvino", "stages.1.blocks.0.conv2"), ("openvino", "classifier")],

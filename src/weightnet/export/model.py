@@ -21,7 +21,7 @@ from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.predict.engines import Engine
 from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, PROBABILITIES, open_exported
-from weightnet.zoo.cards import Card, card_path, default_classes, read_card, write_atomically, write_card
+from weightnet.zoo.cards import Card, card_path, card_to_share, default_classes, write_atomically, write_card
 from weightnet.zoo.state import variant_name
 from weightnet.zoo.weights import load
 
@@ -234,24 +234,13 @@ def _without_normalising(preprocess: Preprocess) -> Preprocess:
 
 def _beside(out: Path, card: Card) -> tuple[Card, dict[str, Any]]:
     """Return the card and what it says of other files of the same name, whose card lies in the same place."""
-    place = card_path(out)
-    others = [suffix for suffix in (".safetensors", *EXPORTED) if suffix != out.suffix]
-    others = [suffix for suffix in others if out.with_suffix(suffix).exists()]
-    plain = _without_exports(card)
-    if not others or not place.is_file():
-        return plain, {}
-    there = read_card(place)
-    if _without_exports(there) != plain:
-        raise UsageError(
-            f"The card's place must be free. Got out={out}, while {place.name} is the card of another model, "
-            f"{out.with_suffix(others[0]).name}. Choose another name."
-        )
-    exports = there.notes.get("exports")
+    weights = out.with_suffix(".bin")
+    if out.suffix == ".xml" and weights.exists() and not out.exists():
+        raise UsageError(f"The place of OpenVINO's weights must be free. Got {weights} there. Choose another name.")
+    plain = dataclasses.replace(card, notes={name: note for name, note in card.notes.items() if name != "exports"})
+    there = card_to_share(out, plain)
+    exports = there.notes.get("exports") if there else None
     return plain, dict(exports) if isinstance(exports, dict) else {}
-
-
-def _without_exports(card: Card) -> Card:
-    return dataclasses.replace(card, notes={name: note for name, note in card.notes.items() if name != "exports"})
 
 
 def _publish(files: Sequence[Path], out: Path, card: Card) -> None:

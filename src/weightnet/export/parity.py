@@ -171,10 +171,17 @@ def _exact_outputs(network: ShuffleNetV2 | FoldedShuffleNetV2, x_BCHW: "Batch") 
 def _relative_error(got: "Batch", expected: npt.NDArray[np.float64]) -> float:
     if got.shape != expected.shape:
         return float("inf")
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
+    return _fraction(np.abs(got - expected).max(), np.abs(expected).max())
 
 
 def _rms_error(got: "Batch", expected: npt.NDArray[np.float64]) -> float:
     if got.shape != expected.shape:
         return float("inf")
-    return float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()))
+    return _fraction(np.sqrt(np.square(got - expected).mean()), np.sqrt(np.square(expected).mean()))
+
+
+def _fraction(error: float, of: float) -> float:
+    """Return an error as a fraction: none of nothing is 0, some of nothing has no bounds."""
+    if error == 0:
+        return 0.0
+    return float(error / of) if of else float("inf")

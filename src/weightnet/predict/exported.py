@@ -87,7 +87,12 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = 1
         self._cores = ThreadPoolExecutor(usable_cores())
         try:
-            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                os.fspath(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # which prints, to try the same again
+            )
         except Exception as error:  # it has a dozen classes of errors, without a common base
             raise unreadable(path, error) from error
         self._takes_pixels = takes_pixels(self.card, path)

@@ -153,6 +153,52 @@ def card_path(weights: str | os.PathLike[str]) -> Path:
     return Path(weights).with_suffix(".json")
 
 
+def card_in_place(path: str | os.PathLike[str]) -> Card | None:
+    """Return the card that lies where a new file's card goes; None where nothing does.
+
+    Raises: UsageError where it is no card.
+    """
+    place = card_path(path)
+    if not place.exists():
+        return None
+    try:
+        return read_card(place)
+    except WeightsError as error:
+        raise UsageError(
+            f"The card's place must be free. Got out={os.fspath(path)}, while {place.name} is no model card. "
+            "Choose another name."
+        ) from error
+
+
+def card_to_share(path: str | os.PathLike[str], card: Card) -> Card | None:
+    """Return the card that lies where a new file's card goes, where other files of that name have it; else None.
+
+    What a card says of exports does not count: they may be of one model.
+
+    Raises: UsageError where a file that is no card lies there, or the card of another model.
+    """
+    there, path = card_in_place(path), Path(path)
+    if there is None:
+        return None
+    kinds = (path.suffix, ".json", ".bin")
+    others = [entry.name for entry in path.parent.iterdir() if entry.stem == path.stem and entry.suffix not in kinds]
+    if not others and path.exists():  # it is of an older file of this very name, which goes too
+        return None
+    if _without_exports(there) != _without_exports(card):
+        whose = f"another model, {min(others)}" if others else "another model"
+        raise UsageError(
+            f"The card's place must be free. Got out={path}, while {card_path(path).name} is the card of {whose}. "
+            "Choose another name."
+        )
+    return there
+
+
+def _without_exports(card: Card) -> Any:
+    fields = card.to_dict()
+    fields["notes"] = {name: note for name, note in fields["notes"].items() if name != "exports"}
+    return json.loads(json.dumps(fields))  # as it is after a reading: lists for tuples
+
+
 def default_classes(num_classes: int) -> tuple[ClassLabel, ...]:
     """Return the classes to assume where no card names them: ImageNet's for 1000, else numbered ones.
 

@@ -12,7 +12,7 @@ from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
 from weightnet.nn.shufflenet import outline
 from weightnet.nn.variants import NetworkSpec
-from weightnet.zoo.cards import Card, card_path, read_card, read_file, write_atomically, write_card
+from weightnet.zoo.cards import Card, card_in_place, card_path, read_card, read_file, write_atomically, write_card
 from weightnet.zoo.describe import Pixels, choose_pixels, infer_card
 from weightnet.zoo.hub import find_weights
 from weightnet.zoo.megengine import has_old_statistics, read_megengine, to_megengine_layout, write_megengine
@@ -67,6 +67,7 @@ def convert(
         old = notes.get(OLD_STATISTICS) is True
         write_megengine(to_megengine_layout(state, groups=_groups(spec), old_statistics=old), out)
         return card
+    card_in_place(out)
     try:
         write_atomically(out, save(state))
         write_card(card, card_path(out))
