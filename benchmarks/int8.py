@@ -14,7 +14,8 @@ processor has it, except in `int8, rest float32`. The graphs that are tried:
     onnxruntime int8         by `onnxruntime.quantization`, convolutions only; `all` with gains, sums and joints too
 
 Accuracy: DATA has `train/` and `val/`. 256 training photos calibrate, 1,000 others decide how much of the tails is cut
-off, and the validation photos are measured once, with that. Without --photos, what FILE of --out had is kept.
+off, and the validation photos are measured once, with that. What FILE of --out had of other models is kept and, with
+--rounds 0, its speed.
 """
 
 import argparse
@@ -325,9 +326,15 @@ def main() -> None:
         return
     if len(os.sched_getaffinity(0)) < max(THREADS):
         parser.error(f"{max(THREADS)} cores are needed. Got {os.sched_getaffinity(0)}: see taskset.")
+    if not (options.rounds or (options.out and options.out.exists())):
+        parser.error("--rounds 0 keeps the speed in the file of --out. Got none. Measure it first.")
     accuracy = {Path(model).name: measure_accuracy(model, Path(data)) for model, data in options.photos}
-    if options.out and options.out.exists() and not accuracy:
-        accuracy = json.loads(options.out.read_text(encoding="utf-8"))["accuracy"]
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
+    accuracy = kept.get("accuracy", {}) | accuracy
+    if not options.rounds:
+        report = kept | {"accuracy": accuracy}
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_all(Path(folder))
         arguments = ["--rounds", str(options.rounds), "--measure-in", folder]

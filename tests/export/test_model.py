@@ -182,6 +182,20 @@ def test_export_refuses_to_write_a_file_that_is_wrong(small, tmp_path, monkeypat
     assert (tmp_path / f"net{suffix}").read_bytes() == b"old"
 
 
+def test_export_refuses_to_write_a_program_that_is_wrong(small, tmp_path, monkeypatch):
+    program = files._program
+
+    def program_wrongly(network, wanted, *, is_open):
+        network = copy.deepcopy(network)
+        torch.nn.init.zeros_(network.get_parameter("stages.1.blocks.1.bias1"))
+        return program(network, wanted, is_open=is_open)
+
+    monkeypatch.setattr(files, "_program", program_wrongly)
+    with pytest.raises(WeightsError, match="nothing was written"):
+        export_model(small("r1"), tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_export_says_that_the_place_cannot_be_written(small, tmp_path, monkeypatch, suffix):
     def fail(path, data):

@@ -85,7 +85,7 @@ def read_labelled_photos(data: str | os.PathLike[str], classes: Sequence[ClassLa
     if not names:
         raise DataError(
             f"A data folder must hold one folder of photos per class. Got none in {root}. "
-            "Put the photos of each class into a folder that is named by its label or WordNet id."
+            "Put the photos of each class into a folder that is named by its label or WordNet id; unpack shards."
         )
     folders = _matched(root, names, rows, _Matcher(classes))
     paths: list[str] = []
