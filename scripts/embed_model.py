@@ -19,6 +19,10 @@ With `--calibrate` logits are scaled by the factor with which probabilities fit 
 is taken for the best class stays the same, and how sure the model is becomes true. The classifier has the factor in its
 weights; loss and calibration error are then those of the other photos.
 
+With `--even-out SHARE` the classifier's biases make up for a share of how unevenly training drew the classes: each is
+lowered by SHARE times the logarithm of its class's share of the draws (Menon et al., "Long-tail learning via logit
+adjustment", ICLR 2021). Small classes are then named more readily, large ones less; it comes before the scaling.
+
 Kernels and matrices become float16; arrays of one axis (biases, batch norms) stay float32, since batch variances span
 more powers of ten than float16 has. The exported model has these weights, folded, in float32, or in float16 where its
 file would be too large.
@@ -32,6 +36,7 @@ import re
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +153,27 @@ def calibrated(
     return state | {name: state[name] * np.float32(factor) for name in CLASSIFIER}, factor
 
 
+def evened_out(
+    state: dict[str, npt.NDArray[np.float32]], data: Path, *, balance: float, share: float
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Return weights that make up for a share of how unevenly the photos of Everyday-112 were drawn in training.
+
+    Raises:
+        DataError: DATA does not say how many training photos each class has.
+    """
+    try:
+        counts = Counter(row["folder"] for row in _rows(data / PHOTO_TABLE) if row["split"] == "train")
+        drawn_C = np.array([counts[row["folder"]] for row in _rows(data / "classes.csv")], np.float64) ** (1 - balance)
+    except (OSError, KeyError) as error:
+        raise DataError(f"DATA must be a folder made by build_everyday112.py. Got {data}: {error}. Make it.") from error
+    if not drawn_C.all():
+        raise DataError(
+            f"DATA must have training photos of every class. Got {data}, with classes without. Make it again."
+        )
+    bias = CLASSIFIER[1]
+    return state | {bias: (state[bias] - share * np.log(drawn_C / drawn_C.sum())).astype(np.float32)}
+
+
 def measure(logits_NC: Logits, photos: Photos, classes: list[ClassLabel]) -> dict[str, Any]:
     """Return the figures of the card: fractions of 1, the loss in nats."""
     probabilities_NC = metrics.softmax(logits_NC)
@@ -215,6 +241,7 @@ def embed(
     photos_name: str,
     knows: str,
     tried: str,
+    even_out: float,
     calibrate: bool,
     commands: list[str],
     out: Path,
@@ -238,6 +265,9 @@ def embed(
         found = read_labelled_photos(data, card.classes)
         photos = Photos(photos_name, [Path(path) for path in found.paths], found.labels)
     state = read_state(run / "weights.safetensors")
+    if even_out:
+        state = evened_out(state, data, balance=card.made_by["config"]["balance"], share=even_out)
+        notes["evened_out"] = f"logits are lowered by {even_out:g} times the logarithm of a class's share of the draws"
     if calibrate:
         state, factor = calibrated(state, card, photos.every_second(0))
         notes["calibration"] = (
@@ -307,6 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--photos", default="Everyday-112", help="what the photos are called (default: %(default)s)")
     parser.add_argument("--knows", default=EVERYDAY_112, help="what the model knows (default: %(default)s)")
     parser.add_argument("--tried", default="", help="what else was tried and what it gave, for the card")
+    parser.add_argument(
+        "--even-out", type=float, default=0.0, metavar="SHARE", help="name small classes more readily (0 to 1)"
+    )
     parser.add_argument("--calibrate", action="store_true", help="scale logits so that probabilities come true")
     parser.add_argument(
         "--command", action="append", required=True, help="a command that made DATA or RUN, for the card; repeat it"
@@ -317,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     for option in ("photos", "knows", "tried"):
         if getattr(arguments, option) != parser.get_default(option):
             own += [f"--{option}", getattr(arguments, option)]
+    own += ["--even-out", f"{arguments.even_out:g}"] if arguments.even_out else []
     own += ["--calibrate"] if arguments.calibrate else []
     try:
         card = embed(
@@ -326,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
             photos_name=arguments.photos,
             knows=arguments.knows,
             tried=arguments.tried,
+            even_out=arguments.even_out,
             calibrate=arguments.calibrate,
             commands=[*arguments.command, shlex.join(own)],
             out=arguments.out,

@@ -218,6 +218,24 @@ def test_embed_calibrates_on_every_second_photo_and_measures_on_the_others(
     assert card.notes["exports"][".onnx"]["largest_error"]["logits"] < 1e-4
 
 
+def test_embed_evens_out_a_share_of_how_often_classes_were_drawn(
+    script: ModuleType, run: Path, data: Path, embedded: Path
+) -> None:
+    made_by = read_card(run / "weights.json").made_by
+    change_card(run, made_by={**made_by, "config": {**made_by["config"], "balance": 0.5}})
+    with (data / "photos.csv").open("a", newline="") as file:  # 1, 4, 9, ... photos, drawn 1 to 2 to 3 ...
+        rows = [("train", row[0], f"{n}.png", "", "", "") for k, row in enumerate(CLASSES) for n in range((k + 1) ** 2)]
+        csv.writer(file).writerows(rows[1:])  # one is there
+    assert script.main(["default", "run", "data", *COMMANDS, "--even-out", "0.3", "--out", "evened"]) == 0
+    before, after = (load_file(folder / "default.safetensors") for folder in (embedded, Path("evened")))
+    share = np.arange(1, 7) / np.arange(1, 7).sum()
+    lowered = before["classifier.0.bias"] - after["classifier.0.bias"]
+    np.testing.assert_allclose(lowered, 0.3 * np.log(share), atol=1e-6)
+    assert read_card(Path("evened/default.json")).made_by["commands"][-1].endswith("run data --even-out 0.3")
+    (data / "photos.csv").write_text((data / "photos.csv").read_text().replace("train,dog,", "val,dog,"))
+    assert script.main(["default", "run", "data", *COMMANDS, "--even-out", "0.3", "--out", "again"]) == 1
+
+
 def test_embed_finds_the_factor_that_makes_probabilities_true(
     script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
