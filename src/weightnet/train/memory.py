@@ -9,8 +9,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for its next step.
 
     By default glibc gives large pieces back to the system, which clears each page anew when the next step asks for
-    them: a fifth of a step on a CPU. Peak memory grows by a few percent. This holds for the whole process, so it is for
-    programs, not for libraries, to call; without glibc nothing changes.
+    them: up to a quarter of a step on a CPU (docs/training.md). Peak memory grows by a few percent. This holds for the
+    whole process, so it is for programs, not for libraries, to call; without glibc nothing changes.
 
     Returns: whether it does so from now on.
 
