@@ -72,7 +72,6 @@ def test_defaults_are_the_originals_recipe() -> None:
         ("train_size", 2049, "from 32 to 2048 px"),
         ("batch_size", 2**63, "at most 1,000,000,000"),
         ("learning_rate", 1e300, "at most 1e\\+30"),
-        ("out", "", "the name of a folder"),
         ("terms", None, "text"),
         ("pretrained", 1, "text"),
         ("data", Path("photos"), "text"),

@@ -140,7 +140,7 @@ def spoil(folder: Path) -> set[str]:
     (folder / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
     (folder / "green" / "2.png").write_text("<html>not found</html>")
     (folder / "blue" / "3.png").unlink()
-    (folder / "blue" / "3.png").mkdir()
+    (folder / "blue" / "3.png").symlink_to("nowhere")
     return {f"{folder.name}/{name}" for name in ("red/0.png", "red/1.png", "green/2.png", "blue/3.png")}
 
 

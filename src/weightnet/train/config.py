@@ -125,8 +125,6 @@ class TrainConfig:
                 f"model must be the name of a network of the zoo. Got model={self.model!r}. "
                 f"{nearest(self.model, VARIANTS) or 'See `weightnet models`.'}"
             )
-        for name in ("data", "out"):
-            _require(bool(getattr(self, name)), name, "the name of a folder", getattr(self, name))
         for name in ("epochs", "accumulate", "evaluate_every", "teacher_views"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "teacher_views", "workers"):
