@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import weightnet
-from weightnet.errors import DataError, WeightsWarning
+from weightnet.errors import DataError, TrainingError, WeightsWarning
 from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import VARIANTS
-from weightnet.train.loop import Progress, fit
+from weightnet.train.loop import Progress, _process_group, fit
 from weightnet.train.step import averaged_model, parameter_groups
 from weightnet.zoo.cards import read_card, write_card
 from weightnet.zoo.convert import convert
@@ -182,6 +183,19 @@ def test_fit_begins_a_new_classifier_for_other_classes_of_the_same_number(
     before, after = (safetensors.numpy.load_file(tmp_path / run / "weights.safetensors") for run in ("run", "tuned"))
     assert np.abs(after["classifier.0.weight"] - before["classifier.0.weight"]).max() > 1e-3
     np.testing.assert_allclose(after["conv_last.0.weight"], before["conv_last.0.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"), [("[gloo/pair.cc] closed by peer", TrainingError), ("a bug", RuntimeError)]
+)
+def test_process_says_that_another_has_ended(message: str, raised: type[Exception]) -> None:
+    class TwoProcesses:
+        world_size = 2
+
+        def launch(self) -> None: ...
+
+    with pytest.raises(raised, match=re.escape(message)), _process_group(TwoProcesses()):  # type: ignore[arg-type]
+        raise RuntimeError(message)
 
 
 def test_fit_gives_the_same_bits_for_any_workers_and_cache(tmp_path: Path, make_config: MakeConfig) -> None:

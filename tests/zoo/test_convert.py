@@ -168,6 +168,13 @@ def test_convert_refuses_an_output_that_cannot_be(tmp_path: Path, out: str, opti
     assert (tmp_path / "source.pkl").read_bytes() == TINY.read_bytes()
 
 
+def test_convert_overwrites_no_file_that_is_not_a_card(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"name": "not a card"}')
+    with pytest.raises(UsageError, match=r"card's place must be free. Got .*package.json is no model card"):
+        convert(TINY, tmp_path / "package.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["package.json"]
+
+
 def test_convert_beside_the_source_keeps_what_its_card_says(tmp_path: Path) -> None:
     shutil.copy(TINY, tmp_path / "w.pkl")
     card = convert(TINY, tmp_path / "first.safetensors")

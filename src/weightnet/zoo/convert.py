@@ -67,7 +67,6 @@ def convert(
         old = notes.get(OLD_STATISTICS) is True
         write_megengine(to_megengine_layout(state, groups=_groups(spec), old_statistics=old), out)
         return card
-    card_in_place(out)
     try:
         write_atomically(out, save(state))
         write_card(card, card_path(out))
@@ -92,6 +91,8 @@ def _check_output(source: Path, out: Path, pixels: Pixels) -> None:
         raise UsageError(f"The output must be a file. Got the folder out={out}. Add a file name.")
     if out.exists() and out.samefile(source):
         raise UsageError(f"The output must be another file than the source. Got out={out}. Choose another name.")
+    if out.suffix not in MEGENGINE_SUFFIXES:
+        card_in_place(out)  # what lies there and is no card is not overwritten
 
 
 def _described(path: Path, state: State, pixels: Pixels) -> tuple[NetworkSpec, Card]:
