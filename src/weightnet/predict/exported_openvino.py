@@ -7,9 +7,9 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import openvino
 
     from weightnet.predict.engines import Batch
+
+Answer = TypeVar("Answer")
 
 _KEPT_SHAPES = 10  # pieces of one to eight photos, one photo by itself, and one to spare
 
@@ -87,29 +89,12 @@ class OpenVinoEngine:
             raise unreadable(self._path, error) from error
 
     def _run_pieces(self, pieces: "list[npt.NDArray[Any]]", names: Sequence[str]) -> "list[dict[str, Batch]]":
-        given: list[dict[str, Batch]] = []
-        running: collections.deque[openvino.InferRequest] = collections.deque()
-
-        def finish_first() -> None:
-            request = running.popleft()
-            request.wait()
-            given.append({name: request.get_tensor(name).data.copy() for name in names})
-
-        try:
-            for number, piece in enumerate(pieces):
-                requests = self._requests(piece.shape, alone=len(pieces) == 1)
-                while len(running) >= len(requests):
-                    finish_first()
-                request = requests[number % len(requests)]
-                request.start_async({INPUT: piece})
-                running.append(request)
-            while running:
-                finish_first()
-        finally:
-            for request in running:  # after an error: none may be running when the next batch comes
-                with contextlib.suppress(RuntimeError):
-                    request.wait()
-        return given
+        alone = len(pieces) == 1
+        return run_in_turn(
+            pieces,
+            lambda piece: self._requests(piece.shape, alone=alone),
+            lambda request: {name: request.get_tensor(name).data.copy() for name in names},
+        )
 
     def _requests(self, shape: tuple[int, ...], *, alone: bool) -> "list[openvino.InferRequest]":
         """Return what runs pieces of a shape: one piece on all cores at once, or one on each core.
@@ -132,6 +117,37 @@ class OpenVinoEngine:
                 del self._requests_of[next(iter(self._requests_of))]  # the one that was not used for longest
         self._requests_of[shape, alone] = requests
         return requests
+
+
+def run_in_turn(
+    pieces: "Sequence[npt.NDArray[Any]]",
+    requests_for: "Callable[[npt.NDArray[Any]], list[openvino.InferRequest]]",
+    answer_of: "Callable[[openvino.InferRequest], Answer]",
+) -> "list[Answer]":
+    """Run pieces of a batch, as many at once as there are requests for them, and return their answers in order."""
+    given: list[Answer] = []
+    running: collections.deque[openvino.InferRequest] = collections.deque()
+
+    def finish_first() -> None:
+        request = running.popleft()
+        request.wait()
+        given.append(answer_of(request))
+
+    try:
+        for number, piece in enumerate(pieces):
+            requests = requests_for(piece)
+            while len(running) >= len(requests):
+                finish_first()
+            request = requests[number % len(requests)]
+            request.start_async({0: piece})  # all that run here have one input
+            running.append(request)
+        while running:
+            finish_first()
+    finally:
+        for request in running:  # after an error: none may be running when the next batch comes
+            with contextlib.suppress(RuntimeError):
+                request.wait()
+    return given
 
 
 def read_openvino(path: str | os.PathLike[str]) -> "openvino.Model":

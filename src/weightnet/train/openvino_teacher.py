@@ -3,14 +3,14 @@
 Shape suffixes: B photos, 3 the colours, H height, W width, K classes.
 """
 
-import collections
 import warnings
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from weightnet.predict.exported_openvino import run_in_turn
 
 PIECE = 16  # photos that a core runs at once
 
@@ -36,24 +36,11 @@ class OpenVinoTeacher(nn.Module):
         photos = x_B3HW.contiguous().numpy()
         if not self._requests:
             self._requests = self._compiled((PIECE, *photos.shape[1:]))
-        given: list[npt.NDArray[np.float32]] = []
-        running: collections.deque[Any] = collections.deque()
-
-        def finish_first() -> None:
-            request = running.popleft()
-            request.wait()
-            given.append(request.get_output_tensor().data.copy())
-
-        for number, at in enumerate(range(0, len(photos), PIECE)):
-            if len(running) == len(self._requests):
-                finish_first()
-            piece = np.zeros((PIECE, *photos.shape[1:]), np.float32)
-            piece[: len(photos) - at] = photos[at : at + PIECE]
-            request = self._requests[number % len(self._requests)]
-            request.start_async([piece])
-            running.append(request)
-        while running:
-            finish_first()
+        rest = np.zeros((-len(photos) % PIECE, *photos.shape[1:]), np.float32)
+        pieces = list(np.concatenate([photos, rest]).reshape(-1, PIECE, *photos.shape[1:]))
+        given = run_in_turn(
+            pieces, lambda piece: self._requests, lambda request: request.get_output_tensor().data.copy()
+        )
         return torch.from_numpy(np.concatenate(given)[: len(photos)])
 
     def _compiled(self, shape: tuple[int, ...]) -> list[Any]:
