@@ -6,8 +6,10 @@ import os
 
 import pytest
 
+from weightnet.bulk import sources
 from weightnet.bulk.sources import Files, Listing, list_photos
 from weightnet.errors import ImageError, UsageError
+from weightnet.images.shards import index_shard
 
 from .conftest import png, shard, table
 
@@ -107,6 +109,16 @@ def test_shard_that_is_compressed_is_said_to_be(listed, everything, name):
     assert path == str(everything / name)
     assert "compressed by gzip" in str(source)
     assert len(reports) == 1
+
+
+def test_index_of_a_shard_is_read_once_for_all_its_partitions(listed, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(sources, "index_shard", lambda *args, **kept: read.append(args) or index_shard(*args, **kept))
+    photos = listed(shard(tmp_path / "s.tar", {f"{seed}.png": png(seed) for seed in range(6)}))
+    read.clear()
+    names = [photo.path for start in range(0, 6, 2) for photo in photos.photos(start, start + 2)]
+    assert len(names) == 6
+    assert len(read) == 1
 
 
 def test_shard_that_shrinks_after_it_was_listed_gives_errors(listed, tmp_path):

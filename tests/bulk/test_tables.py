@@ -1,5 +1,6 @@
 """Photos come out of Parquet files as they went in, as many as the file has rows, also where it is damaged."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -21,6 +22,16 @@ def test_ranges_are_the_cells(tmp_path, kind, group):
     for start, stop in ((0, 90), (0, 1), (6, 8), (31, 34), (40, 90), (89, 90), (5, 5)):
         expected = [(f"{path}#{row}", CELLS[row]) for row in range(start, stop)]
         assert list(photos.photos(start, stop)) == expected
+
+
+def test_group_is_not_read_as_a_whole(tmp_path):
+    photos = [np.random.default_rng(seed).bytes(10_000) for seed in range(6000)]
+    listed = ParquetPhotos.open(table(tmp_path / "t.parquet", photos, pa.binary(), group=len(photos)), "image")
+    before = pa.total_allocated_bytes()
+    reading = listed.photos(0, len(photos))
+    assert next(reading)[1] == photos[0]
+    assert pa.total_allocated_bytes() - before < 25e6, "of 60 MB: two pages of 1,024 photos"
+    assert sum(1 for _ in reading) == len(photos) - 1
 
 
 def test_cells_of_hugging_face_are_bytes_or_else_a_path(tmp_path):

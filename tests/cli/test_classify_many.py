@@ -8,6 +8,8 @@ import sys
 import pytest
 from pyarrow import parquet
 
+from weightnet.cli import main
+
 
 @pytest.fixture
 def classify(weightnet, run_folder):
@@ -64,6 +66,14 @@ def test_classify_many_takes_a_list_from_standard_input(classify, photos, monkey
     assert [(row["path"], row["status"]) for row in rows] == [("a.png", "ok"), ("sub/broken.jpg", "error")]
 
 
+@pytest.mark.parametrize(("stream", "inputs"), [("stdin", ["-"]), ("stdin", ["a.png", "-"]), ("stdout", ["a.png"])])
+def test_classify_many_with_a_closed_stream_does_no_work(classify, photos, monkeypatch, stream, inputs):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, stream, None)
+        code = main(["classify-many", *inputs, "--out", "out", "--format", "jsonl"])
+    assert (code, (photos / "out").exists()) == (2, False)
+
+
 def test_classify_many_writes_embeddings(classify, photos):
     classify("a.png", "--out", "out", "--embeddings", "--format", "csv")
     header, row = (photos / "out/part-00000.csv").read_text().splitlines()
@@ -77,6 +87,8 @@ def test_classify_many_writes_embeddings(classify, photos):
         (["--out", "out"], "IN must name at least one photo"),
         (["*.jpg", "--out", "out"], "*.jpg: no photo matches this pattern."),
         (["a.png"], "--out requires an argument"),
+        (["a.png", "--out", "-"], "out must be a folder. Got out='-'."),
+        (["a.png", "--out=-"], "out must be a folder. Got out='-'."),
         (["a.png", "--out", "sub"], "holds other files"),
         (["a.png", "--out", "out", "--format", "xml"], "--format"),
         (["missing.txt", "--out", "out"], "A list of photos must be a readable file"),

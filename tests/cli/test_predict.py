@@ -124,10 +124,11 @@ def test_predict_reads_a_photo_from_standard_input(weightnet, photos, run_folder
         assert middle["top"] == first["top"]
 
 
-def test_predict_refuses_a_closed_standard_input(weightnet, monkeypatch):
+@pytest.mark.parametrize("paths", [["-"], ["a.png", "-", "b.png", "--json"]])
+def test_predict_refuses_a_closed_standard_input(weightnet, photos, monkeypatch, paths):
     monkeypatch.setattr(sys, "stdin", None)
-    outcome = weightnet("predict", "-")
-    assert outcome.code == 2
+    outcome = weightnet("predict", *paths)
+    assert (outcome.code, outcome.out) == (2, "")
     assert "Standard input must be open" in outcome.err
 
 

@@ -5,6 +5,7 @@ listing, once, and counts. A partition is written whole or not at all and by num
 written again. All machines must see the inputs, the model and the output folder under the same paths.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,11 +45,15 @@ def write_partitions_on_ray(
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         machines = [cores for node in ray.nodes() if node["Alive"] and (cores := node["Resources"].get("CPU", 0))]
+        if not machines:
+            raise DataError(
+                "Ray must have a machine with a processor. Got none among its nodes. Start a worker, repeat."
+            )
         workers = config.workers or len(machines)
         numbers = data.from_items([{"partition": number} for number in partitions], override_num_blocks=len(partitions))
         written = numbers.map_batches(
             _Actor,
-            fn_constructor_args=(config, ray.put(listing), manifest),
+            fn_constructor_args=(os.getcwd(), config, ray.put(listing), manifest),
             compute=data.ActorPoolStrategy(size=workers),
             batch_size=1,
             num_cpus=_cores_each(machines, workers),
@@ -90,9 +95,10 @@ def _cause(error: BaseException) -> WeightNetError:
 class _Actor:
     """A model in a process of its own."""
 
-    def __init__(self, config: BulkConfig, listing: Any, manifest: Manifest) -> None:
+    def __init__(self, folder: str, config: BulkConfig, listing: Any, manifest: Manifest) -> None:
         import ray
 
+        os.chdir(folder)  # relative paths are the driver's: a cluster's workers begin where the cluster was begun
         self._worker, self._listing, self._manifest = Worker(config), ray.get(listing), manifest
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

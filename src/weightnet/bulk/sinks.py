@@ -125,7 +125,8 @@ def _csv(rows: Iterable[Row], layout: Layout) -> bytes:
     """A table with the columns of `weightnet predict --csv`: in UTF-8, paths byte for byte."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\r\n")  # both characters, so that it quotes cells with either
-    table.writerow(["path", "status", "error", *csv_columns(layout)])
+    columns = csv_columns(layout)
+    table.writerow(["path", "status", "error", *columns])
     for path, answer in rows:
         cells: list[Any] = []
         if layout.known_from is not None:
@@ -136,7 +137,7 @@ def _csv(rows: Iterable[Row], layout: Layout) -> bytes:
         elif not isinstance(answer, str):
             cells += [cell for score in answer for cell in (score.label, score.index, score.probability)]
         error = answer if isinstance(answer, str) else None
-        cells += [None] * (len(csv_columns(layout)) - len(cells))
+        cells += [None] * (len(columns) - len(cells))
         table.writerow([path, "ok" if error is None else "error", error, *cells])
     return text.getvalue().encode("utf-8", "surrogateescape")
 

@@ -6,6 +6,7 @@ a path and 8 bytes for each photo that is a file, and nothing for each in a shar
 
 import bisect
 import dataclasses
+import functools
 import glob
 import hashlib
 import itertools
@@ -20,7 +21,7 @@ from weightnet.bulk.manifest import FILE as MANIFEST
 from weightnet.bulk.tables import ParquetPhotos
 from weightnet.errors import DataError, ImageError, UsageError
 from weightnet.images.decode import IMAGE_SUFFIXES
-from weightnet.images.shards import index_shard, read_member
+from weightnet.images.shards import ShardIndex, index_shard, read_member
 from weightnet.predict.inputs import find_images, stands_for_many
 
 STDIN = "-"
@@ -90,7 +91,7 @@ class ShardPhotos:
     def photos(self, start: int, stop: int) -> Iterator[Photo]:
         """Yield a range of the photos."""
         try:
-            index = index_shard(self.path, cache=self.cache)
+            index = _index(self.path, self.cache, _stamp(self.path))
             places = zip(index.names, index.offsets.tolist(), index.sizes.tolist(), strict=True)
             found = list(itertools.islice(places, start, stop))
         except DataError as error:  # it went away, or changed, since it was listed
@@ -112,6 +113,20 @@ class ShardPhotos:
     def identity(self) -> Iterable[bytes]:
         """Return what makes these other photos when it changes."""
         return b"shard", os.fsencode(self.path), repr((self.count, self.size, self.mtime_ns)).encode()
+
+
+@functools.lru_cache(maxsize=1)  # a shard's partitions come one after the other
+def _index(path: str, cache: str, stamp: tuple[int, int] | None) -> ShardIndex:
+    """Return a shard's index; `stamp` tells one state of the file from another."""
+    return index_shard(path, cache=cache)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:  # `index_shard` says so
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 from weightnet.errors import DataError, ImageError, MissingDependencyError, UsageError
 
 _ROWS_AT_ONCE = 32
+# By default pyarrow reads a whole group of rows, a million photos for all it knows, before it gives the first.
+_READ_AS_NEEDED: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 16}
 _Source: TypeAlias = "str | bytes | ImageError"
 
 
@@ -62,7 +64,7 @@ class ParquetPhotos:
         """Yield a range of the photos, each as its name and its source: as many, whatever is wrong with the file."""
         row = start
         try:
-            with import_parquet().ParquetFile(self.path) as file:
+            with import_parquet().ParquetFile(self.path, **_READ_AS_NEEDED) as file:
                 begin = 0
                 for group in range(file.num_row_groups):
                     end = begin + file.metadata.row_group(group).num_rows

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from weightnet.cli.output import Switch, open_results, printable_path, progress, say
-from weightnet.cli.predict import STDIN
+from weightnet.cli.predict import STDIN, check_stdin
+from weightnet.errors import UsageError
 
 
 def classify_many(
@@ -75,6 +76,11 @@ def classify_many(
         runner=runner,
         workers=workers,
     )
+    if out in ("-", STDIN):
+        raise UsageError("out must be a folder. Got out='-'. Name one; the counts go to standard output.")
+    if STDIN in inputs:
+        check_stdin("a list")
+    results = open_results()
     reports: list[str] = []
 
     def report(message: str) -> None:
@@ -87,7 +93,7 @@ def classify_many(
             config,
             report=report,
             progress=functools.partial(progress, rows=False),
-            stdin=sys.stdin.buffer if STDIN in inputs and sys.stdin is not None else None,
+            stdin=sys.stdin.buffer if STDIN in inputs else None,
         )
     if summary.resumed == summary.partitions:
         say(f"weightnet: nothing is left to do in {printable_path(out)}: the run was finished before.")
@@ -97,5 +103,5 @@ def classify_many(
         text = json_format.dumps({**dataclasses.asdict(summary), "out": out})
     else:
         text = f"images {summary.images}, ok {summary.ok}, errors {summary.errors}, partitions {summary.partitions}"
-    open_results().write(text + "\n")
+    results.write(text + "\n")
     return 1 if summary.errors or reports else 0

@@ -61,6 +61,8 @@ def predict(
     form = _form(json=json, jsonl=jsonl, csv=csv)
     if embeddings and form == "text":
         raise UsageError("Embeddings must have a form for programs. Got none. Add --json, --jsonl or --csv.")
+    if STDIN in paths or "-" in paths:
+        check_stdin("a photo")
     reports: list[str] = []
 
     def report(message: str) -> None:
@@ -109,12 +111,16 @@ def _photos(paths: tuple[str, ...], report: Callable[[str], None]) -> "Iterator[
     from weightnet.predict.inputs import find_images
 
     for path in paths:
-        if path not in ("-", STDIN):
-            yield from find_images([path], report=report)
-        elif sys.stdin is None:
-            raise UsageError("Standard input must be open to read a photo from it. Got a closed one. Pipe a photo in.")
-        else:
+        if path in ("-", STDIN):
             yield sys.stdin.buffer
+        else:
+            yield from find_images([path], report=report)
+
+
+def check_stdin(what: str) -> None:
+    """Raise UsageError where standard input, from which something is to be read, is closed."""
+    if sys.stdin is None:
+        raise UsageError(f"Standard input must be open to read {what} from it. Got a closed one. Pipe {what} in.")
 
 
 def _scope(card: "Card") -> str:
