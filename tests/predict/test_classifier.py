@@ -228,6 +228,16 @@ def test_classifier_survives_too_little_memory_for_one_photo(classify, monkeypat
     assert right.status == "ok"
 
 
+@pytest.mark.parametrize("error", [MemoryError("4 GB"), torch.OutOfMemoryError("4 GB")])
+def test_classifier_that_has_too_little_memory_for_a_batch_says_what_to_lower(classify, monkeypatch, error):
+    def fail(x):
+        raise error
+
+    monkeypatch.setattr(classify._engine, "_network", fail)
+    with pytest.raises(UsageError, match=r"Got batch_size=\d+: 4 GB\. Use a smaller number\."):
+        classify([png(1)])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_classifier_reports_output_that_is_not_finite(classify, monkeypatch, value):
     run = classify._engine.run_outputs
@@ -297,6 +307,8 @@ def test_classifier_refuses_an_impossible_k(classify, k):
 def test_classifier_refuses_an_impossible_batch_size(batch_size):
     with pytest.raises(UsageError, match="batch_size must be a whole number of at least 1"):
         Classifier(batch_size=batch_size)
+    with pytest.raises(UsageError, match="batch_size must be at most 100,000"):
+        Classifier(batch_size=100_001)
 
 
 def test_classifier_refuses_an_unknown_model():

@@ -99,10 +99,7 @@ def _json(fields: dict[str, Any]) -> str:
 
 def _gist(model: str, evaluation: "Evaluation") -> str:
     figures, size = evaluation.figures, evaluation.card.preprocess
-    worst = sorted(
-        (result for result in evaluation.classes if result.top1 is not None and result.top1 < 1),
-        key=lambda result: (result.top1, -result.images),
-    )
+    worst = [f"{result.label} {result.top1:.0%}" for result in evaluation.worst_classes()[:WORST_CLASSES]]
     lines = [
         f"{printable_path(model)} on {printable_path(evaluation.root)}",
         f"  photos             {len(evaluation.paths):,}, left out {len(evaluation.unreadable):,}",
@@ -114,7 +111,7 @@ def _gist(model: str, evaluation: "Evaluation") -> str:
         f"  cross-entropy      {figures['loss']:.4f}",
         f"  calibration error  {figures['ece']:.4f}",
         *([f"  called unknown     {figures['unknown']:.2%}"] if "unknown" in figures else []),
-        f"  worst classes      {', '.join(f'{r.label} {r.top1:.0%}' for r in worst[:WORST_CLASSES]) or 'none'}",
+        f"  worst classes      {', '.join(worst) or 'none'}",
     ]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from weightnet.predict.exported import LOGITS, PRE_LOGITS, check_outputs
 from weightnet.predict.metrics import softmax
 from weightnet.zoo.cards import Card
 
+MAX_BATCH_SIZE = 100_000  # beyond what any memory holds
 _DECODE_THREADS = min(4, os.cpu_count() or 1)  # decoding takes less time than the network: more threads only add memory
 
 _Prepared: TypeAlias = "Batch | str"  # what the network takes, or what is wrong with the photo
@@ -107,12 +108,13 @@ class Classifier:
             "openvino" for .xml, "executorch" for .pte, "mnn" for .mnn, "torch" for .pt2 files and all that is not
             exported; "auto" takes the first of them that fits.
         device: "auto" or "cpu"; in PyTorch also "cuda", "cuda:N" or "mps", and "auto" takes a GPU where there is one.
-        batch_size: photos that run at once, at least 1. More are faster on a GPU and take more memory.
+        batch_size: photos that run at once, 1 to 100,000. More are faster on a GPU and take more memory; where that is
+            too little, classifying raises UsageError.
         resize: short edge of the photos before the crop, in pixels; None takes the card's.
         crop: edge of the square that the network sees, in pixels, at most `resize`; None takes the card's.
 
     Raises:
-        UsageError: an unknown engine or device, a batch size below 1, impossible sizes, or a network that does not take
+        UsageError: an unknown engine or device, an impossible batch size or size, or a network that does not take
             colour photos.
         UnknownModelError: no model of this name.
         WeightsError, DownloadError: the weights cannot be read or fetched.
@@ -144,6 +146,10 @@ class Classifier:
         crop: int | None = None,
     ) -> None:
         _check_count("batch_size", batch_size)
+        if batch_size > MAX_BATCH_SIZE:
+            raise UsageError(
+                f"batch_size must be at most {MAX_BATCH_SIZE:,}. Got batch_size={batch_size}. Use a smaller number."
+            )
         self.batch_size = batch_size
         self._engine = open_engine(model, engine=engine, device=device)
         self.card = self._engine.card
@@ -253,7 +259,13 @@ class Classifier:
     ) -> "Iterator[tuple[str | None, Outcome]]":
         prepared = [(path, item.result() if isinstance(item, Future) else item) for path, item in batch]
         inputs = [x_CHW for _, x_CHW in prepared if not isinstance(x_CHW, str)]
-        outputs = iter(self._engine.run_outputs(np.stack(inputs), [output])[output] if inputs else ())
+        try:
+            outputs = iter(self._engine.run_outputs(np.stack(inputs), [output])[output] if inputs else ())
+        except MemoryError as error:
+            raise UsageError(
+                "batch_size must be such that a batch fits into memory. "
+                f"Got batch_size={self.batch_size}: {error}. Use a smaller number."
+            ) from error
         for path, item in prepared:
             yield path, item if isinstance(item, str) else _finite(next(outputs))
 

@@ -5,7 +5,8 @@ Shape suffixes: B photos, C input channels, H height, W width, K classes, F feat
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -146,7 +147,7 @@ class TorchEngine:
 
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
-        with torch.inference_mode():
+        with torch.inference_mode(), _memory_error():
             x = torch.from_numpy(x_BCHW).to(self.device, memory_format=torch.channels_last)
             if set(names) <= {LOGITS}:
                 given = {LOGITS: self._network(x)}
@@ -157,6 +158,17 @@ class TorchEngine:
                 logits = self._network.classifier(pooled)
                 given = {LOGITS: logits, PRE_LOGITS: pooled, FEATURES: features, CLASS_WEIGHTS: weights}
             return {name: given[name].float().cpu().contiguous().numpy() for name in names}
+
+
+@contextmanager
+def _memory_error() -> Iterator[None]:
+    """Raise MemoryError, as NumPy does, where PyTorch says in its own way that a GPU has too little memory."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
 
 
 def _network(model: Model) -> "tuple[nn.Module, Card]":

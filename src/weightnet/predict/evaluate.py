@@ -80,6 +80,11 @@ class Evaluation:
         np.add.at(counts_KC, (row_of_C[self.labels], self.logits.argmax(1)), 1)
         return counts_KC
 
+    def worst_classes(self) -> list[ClassResult]:
+        """Return the classes with a photo that is taken for another, the worst first; of equal ones the larger."""
+        wrong = [result for result in self.classes if result.top1 is not None and result.top1 < 1]
+        return sorted(wrong, key=lambda result: (result.top1, -result.images))
+
     def to_dict(self) -> dict[str, Any]:
         """Return all but the logits as plain data for JSON."""
         return {

@@ -49,10 +49,10 @@ class ExecuTorchEngine:
             raise missing_runtime("executorch", "'weightnet[executorch]'", error) from error
         self.card, self._path = card_beside(path), path
         read_file(path, max_bytes=MAX_EXPORTED_BYTES)  # for its errors: the runtime itself opens the path
-        self._names = tuple(exported_as(self.card, path).get("outputs", (LOGITS,)))
         self._one_at_a_time = threading.Lock()
         crop = self.card.preprocess.crop
         try:
+            self._names = tuple(exported_as(self.card, path).get("outputs", (LOGITS,)))
             self._program = Runtime.get().load_program(Path(path))  # kept: the method reads its memory
             self._method = self._program.load_method("forward")
             given = self._run(np.zeros((1, self.card.network.in_channels, crop, crop), np.float32))

@@ -30,6 +30,8 @@ from weightnet.zoo.cards import read_file
 if TYPE_CHECKING:
     from weightnet.predict.engines import Batch
 
+_QUIET = threading.Lock()  # standard output is the process's: one at a time may put another in its place
+
 
 class MnnEngine:
     """Runs an exported .mnn file in MNN, on the CPU, in single precision; its card must lie beside it.
@@ -90,17 +92,18 @@ class MnnEngine:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep from standard output what MNN writes there as it is imported and when a file is wrong."""
-    try:
-        kept = os.dup(1)
-    except OSError:  # it is closed
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # C's own buffer
-        os.dup2(kept, 1)
-        os.close(kept)
+    with _QUIET:
+        try:
+            kept = os.dup(1)
+        except OSError:  # it is closed
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            if os.name == "posix":
+                ctypes.CDLL(None).fflush(None)  # C's own buffer
+            os.dup2(kept, 1)
+            os.close(kept)

@@ -113,8 +113,7 @@ def _pairs(evaluation: Evaluation, counts_KC: npt.NDArray[np.int64]) -> str:
 
 
 def _worst_classes(evaluation: Evaluation) -> Iterator[str]:
-    wrong = [result for result in evaluation.classes if result.top1 is not None and result.top1 < 1]
-    for result in sorted(wrong, key=lambda result: (result.top1, -result.images))[:WORST_CLASSES]:
+    for result in evaluation.worst_classes()[:WORST_CLASSES]:
         right = round((result.top1 or 0) * result.images)
         yield f"<h3>{escaped(result.label)}: {right:,} of {result.images:,} right ({result.top1:.1%})</h3>"
         photos = itertools.islice(_wrong_photos(evaluation, result), PHOTOS_PER_CLASS)
