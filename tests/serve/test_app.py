@@ -230,10 +230,16 @@ def test_full_service_refuses_at_once_and_recovers(gate, start):
 
 
 def test_bodies_together_have_a_limit(gate, start):
-    service = start(max_buffered_mb=1)
+    service = start(max_buffered_mb=2, max_body_mb=2)
     large = photo(size=(700, 600), suffix=".bmp")  # 1.26 MB
-    answer = service.classify(large)
-    assert (answer.status_code, "memory" in answer.json()["error"]) == (429, True)
+    gate.open.clear()
+    with ThreadPoolExecutor() as clients:
+        waiting = clients.submit(service.classify, large)
+        service.until(lambda: service.service.admission.buffered_bytes >= len(large))
+        answer = service.classify(large)
+        assert (answer.status_code, "memory" in answer.json()["error"]) == (429, True)
+        gate.open.set()
+        assert waiting.result().status_code == 200
     assert service.service.admission.buffered_bytes == 0
     assert service.classify(photo()).status_code == 200
 

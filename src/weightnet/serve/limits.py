@@ -32,7 +32,7 @@ class Limits:
             second count again once it has come); more get 429.
         max_connections: Connections at once; more get 429 and are closed.
         max_body_mb: Size of a request's body, at most 100; larger ones get 413.
-        max_buffered_mb: Size of all bodies in work together; beyond it requests get 429.
+        max_buffered_mb: Size of all bodies in work together, at least max_body_mb; beyond it requests get 429.
         max_megapixels: Size of a photo, at most 50; larger ones get 422 before they are decoded.
         head_timeout_s: From connecting, or from the last answer, to the end of a request's head; then it is cut off.
         body_timeout_s: From a request's head to the end of its body; then it gets 408.
@@ -40,7 +40,7 @@ class Limits:
         drain_timeout_s: From SIGTERM to the end of the last request; then the rest is cut off.
 
     Raises:
-        UsageError: a limit that is not above 0, or above what the decoder takes.
+        UsageError: a limit that is not above 0, or above what the decoder takes; bodies that could never be taken.
 
     >>> Limits(max_requests=0)
     Traceback (most recent call last):
@@ -67,6 +67,11 @@ class Limits:
                 raise UsageError(
                     f"{name} must be at most {_CEILINGS[name]}, what the decoder takes. Got {name}={value}. Lower it."
                 )
+        if self.max_buffered_mb < self.max_body_mb:
+            raise UsageError(
+                "max_buffered_mb must be at least max_body_mb, or a body could never be taken. "
+                f"Got max_buffered_mb={self.max_buffered_mb}, max_body_mb={self.max_body_mb}. Change one of them."
+            )
 
     @property
     def max_body_bytes(self) -> int:

@@ -45,7 +45,7 @@ def serve(
         report: called with the address when it is open, and when the models are loaded.
 
     Raises:
-        UsageError: an impossible port, engine or device.
+        UsageError: an impossible host, port, engine or device.
         UnknownModelError, WeightsError, DownloadError, MissingDependencyError: as `Classifier`; the port is open by
             then, and is closed again.
         OSError: the address is taken or not of this machine.
@@ -63,8 +63,20 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address, and takes connections once the server runs."""
     if not 0 <= port <= 65535:
         raise UsageError(f"port must be 0 (any free one) to 65535. Got port={port}. Choose another one.")
+    if not _may_be_host(host):
+        raise UsageError(
+            f"host must be a name or an address of this machine. Got host={host!r}. "
+            "Use 127.0.0.1, or 0.0.0.0 for all addresses."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+
+
+def _may_be_host(text: str) -> bool:
+    try:
+        return bool(text.encode("idna"))  # the system would take an empty one for all addresses
+    except UnicodeError:
+        return False
 
 
 class Server(uvicorn.Server):

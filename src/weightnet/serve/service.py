@@ -117,7 +117,11 @@ class Service:
         if self.state != "ready":
             raise RefusedError(503, f"The service is {self.state}. Try again in a second.")
         if name is not None and name not in self.models:
-            raise RefusedError(404, f"model must be one that is served: {', '.join(self.names)}. Got model={name!r}.")
+            raise RefusedError(
+                404,
+                f"model must be one that is served: {', '.join(self.names)}. Got model={name!r}. "
+                "Name one of these, or leave it out.",
+            )
         return self.models[self.names[0] if name is None else name]
 
     def check_map(self, model: ServedModel, wanted: WantedMap) -> None:

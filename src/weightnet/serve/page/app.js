@@ -238,6 +238,7 @@ async function chooseMap({ index, label }) {
   }
   photo.chosen = index;
   showsHeat = true;
+  $("result").hidden = false; // a request before may have failed
   showHeat();
   $("status").textContent = `The photo shows where the model looked for ${label}.`;
 }
