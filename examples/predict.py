@@ -10,7 +10,7 @@ CAT = Path(__file__).with_name("cat.png")
 
 def main() -> None:
     """Print the most probable class of each photo, or what is wrong with it."""
-    classifier = weightnet.Classifier()  # the embedded default model, on a GPU where there is one
+    classifier = weightnet.Classifier()  # the embedded default model, on the CPU
     for prediction in classifier.stream(sys.argv[1:] or [str(CAT)], k=1):
         if prediction.status == "ok":
             best = prediction.top[0]

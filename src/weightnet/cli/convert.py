@@ -22,7 +22,8 @@ def convert(
 
     Args:
         source: A MegEngine, PyTorch or safetensors file, its address, a run folder or a name of `weightnet models`.
-        out: OUT.safetensors, beside which the card is written as OUT.json; or OUT.pkl, which the original reads.
+        out: OUT.safetensors, beside which the card is written as OUT.json; or OUT.pkl or OUT.model, which the original
+            reads.
         pixels: What the weights were trained on; auto lets the statistics in the stem's batch norm decide.
     """
     with needs_torch("`weightnet convert`"):

@@ -42,8 +42,9 @@ def train(
     The run folder is then a model's name everywhere. Progress goes to standard error; Ctrl-C saves the run.
 
     Args:
-        config: YAML file of options, named as here with _ for -; flags go before it.
-        resume: Go on from the run folder's checkpoint; the run's own options are kept.
+        config: YAML file of options, named as here with _ for -; what flags say counts more.
+        resume: Go on from the run folder's checkpoint, by the run's own options (`--config RUN/config.yaml`); only out,
+            data, workers, device, checkpoint_minutes, evaluate_every and terms may be others.
     """
     given = {name: value for name, value in (dataclasses.asdict(flags) if flags else {}).items() if value is not None}
     options = TrainConfig.from_options({**(read_options(config) if config else {}), **given})
