@@ -26,8 +26,8 @@ import numpy as np
 
 import weightnet
 from weightnet.bulk.manifest import Manifest
-from weightnet.bulk.pipeline import BulkConfig, Worker, write_partitions
 from weightnet.bulk.sources import list_photos
+from weightnet.bulk.worker import BulkConfig, Worker, write_partitions
 from weightnet.images.decode import read_image
 from weightnet.predict.engines import open_engine
 

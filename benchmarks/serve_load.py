@@ -31,7 +31,8 @@ import numpy as np
 
 import weightnet
 from weightnet.images.decode import decode_image
-from weightnet.predict.engines import Batch, open_engine
+from weightnet.predict.engines import open_engine
+from weightnet.predict.interface import Batch
 
 CAT = Path(__file__).parents[1] / "examples" / "cat.png"
 PHOTOS = 32

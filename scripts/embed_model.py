@@ -49,7 +49,7 @@ from weightnet.errors import DataError, UsageError, WeightNetError
 from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.predict import metrics
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 from weightnet.predict.labelled import read_labelled_photos
 from weightnet.zoo.cards import EMBEDDED, Card, read_card, write_atomically, write_card
 from weightnet.zoo.state import read_state

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from weightnet.bulk.pipeline import BulkConfig, Summary, classify_many
+from weightnet.bulk.pipeline import Summary, classify_many
+from weightnet.bulk.worker import BulkConfig
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from weightnet.bulk import pipeline, sinks
-from weightnet.bulk.pipeline import BulkConfig, Summary
+from weightnet.bulk.pipeline import Summary
+from weightnet.bulk.worker import BulkConfig
 from weightnet.errors import MissingDependencyError, UnknownModelError, UsageError
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.inputs import find_images

@@ -9,7 +9,7 @@ from weightnet.errors import UsageError, WeightsError
 from weightnet.export import files
 from weightnet.export.model import export_model
 from weightnet.predict.engines import open_engine
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 
 pytest.importorskip("executorch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its own use of PyTorch

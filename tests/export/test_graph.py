@@ -11,7 +11,7 @@ import pytest
 from weightnet.errors import MissingDependencyError
 from weightnet.export.graph import build_graph
 from weightnet.nn.fold import fold
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
 

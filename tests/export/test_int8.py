@@ -16,7 +16,8 @@ from weightnet.export.model import export_model
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import fold
 from weightnet.predict.classifier import Classifier
-from weightnet.predict.exported import OUTPUTS, open_exported
+from weightnet.predict.engines import open_exported
+from weightnet.predict.interface import OUTPUTS
 from weightnet.zoo.cards import read_card
 
 

@@ -19,8 +19,8 @@ from weightnet.export.model import export_model
 from weightnet.images.labels import ClassLabel
 from weightnet.nn.fold import fold
 from weightnet.nn.variants import VARIANTS
-from weightnet.predict.engines import open_engine
-from weightnet.predict.exported import OUTPUTS, open_exported
+from weightnet.predict.engines import open_engine, open_exported
+from weightnet.predict.interface import OUTPUTS
 from weightnet.zoo.cards import read_card, write_card
 
 NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")

@@ -8,7 +8,7 @@ import torch
 
 from weightnet.errors import WeightsError
 from weightnet.export.parity import TOLERANCE, check_parity
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 
 
 class Runtime:

@@ -6,7 +6,7 @@ import torch
 
 from weightnet.errors import UsageError
 from weightnet.predict.engines import open_engine
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 
 BATCH = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
 

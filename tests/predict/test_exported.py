@@ -13,8 +13,9 @@ from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.export.model import export_model
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.engines import TorchEngine, open_engine
-from weightnet.predict.exported import OUTPUTS, OnnxRuntimeEngine
+from weightnet.predict.exported_onnxruntime import OnnxRuntimeEngine
 from weightnet.predict.exported_openvino import OpenVinoEngine
+from weightnet.predict.interface import OUTPUTS
 from weightnet.zoo.cards import embedded_models, write_card
 
 from .conftest import BATCH, WAYS

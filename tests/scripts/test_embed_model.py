@@ -26,7 +26,7 @@ from weightnet.images.transforms import Preprocess
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import NetworkSpec
 from weightnet.predict.engines import open_engine
-from weightnet.predict.exported import OUTPUTS
+from weightnet.predict.interface import OUTPUTS
 from weightnet.zoo.cards import Card, read_card, write_card
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "embed_model.py"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from weightnet.bulk.manifest import Manifest
-from weightnet.bulk.pipeline import BulkConfig, Worker, write_partitions
 from weightnet.bulk.sinks import Partition
 from weightnet.bulk.sources import Listing
+from weightnet.bulk.worker import BulkConfig, Worker, write_partitions
 from weightnet.errors import DataError, MissingDependencyError, WeightNetError
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from weightnet.bulk.tables import import_parquet
 from weightnet.predict.classifier import ClassScore, is_known, short_floats
-from weightnet.predict.engines import Batch
+from weightnet.predict.interface import Batch
 from weightnet.zoo.cards import write_atomically
 
 FORMATS = ("parquet", "jsonl", "csv")

@@ -61,8 +61,9 @@ def classify_many(
         json: Write the counts as a JSON object.
     """
     from weightnet.bulk import pipeline
+    from weightnet.bulk.worker import BulkConfig
 
-    config = pipeline.BulkConfig(
+    config = BulkConfig(
         out=out,
         format=format,
         model=model,

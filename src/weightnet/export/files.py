@@ -21,15 +21,9 @@ from weightnet.export.int8 import quantise
 from weightnet.export.preprocessing import add_preprocessing
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
-from weightnet.predict.exported import (
-    CLASS_WEIGHTS,
-    FEATURES,
-    LOGITS,
-    MIN_SIZE_PX,
-    PRE_LOGITS,
-    missing_runtime,
-)
+from weightnet.predict.exported import missing_runtime
 from weightnet.predict.exported_openvino import read_openvino
+from weightnet.predict.interface import CLASS_WEIGHTS, FEATURES, LOGITS, MIN_SIZE_PX, PRE_LOGITS
 
 # The precisions of each kind of file.
 PRECISIONS = {

@@ -27,7 +27,8 @@ from weightnet import __version__
 from weightnet.errors import MissingDependencyError
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
-from weightnet.predict.exported import CLASS_WEIGHTS, INPUT
+from weightnet.predict.exported import INPUT
+from weightnet.predict.interface import CLASS_WEIGHTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -19,8 +19,9 @@ from weightnet.export.parity import INT8_TOLERANCE, LEAST_AGREEMENT, TOLERANCE, 
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.engines import Engine
-from weightnet.predict.exported import EXPORTED, FIXED_SIZE, LOGITS, OUTPUTS, PROBABILITIES, open_exported
+from weightnet.predict.engines import open_exported
+from weightnet.predict.exported import EXPORTED, FIXED_SIZE
+from weightnet.predict.interface import LOGITS, OUTPUTS, PROBABILITIES, Engine
 from weightnet.zoo.cards import Card, card_path, card_to_share, default_classes, write_atomically, write_card
 from weightnet.zoo.state import variant_name
 from weightnet.zoo.weights import load

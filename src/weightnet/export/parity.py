@@ -14,10 +14,11 @@ from weightnet.errors import WeightsError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.shufflenet import ShuffleNetV2
-from weightnet.predict.exported import CLASS_WEIGHTS, LOGITS, PROBABILITIES, joined
+from weightnet.predict.exported import joined
+from weightnet.predict.interface import CLASS_WEIGHTS, LOGITS, PROBABILITIES
 
 if TYPE_CHECKING:
-    from weightnet.predict.engines import Batch, Engine
+    from weightnet.predict.interface import Batch, Engine
 
 # How far an output may be from the network's in double precision, as a fraction of the output's largest magnitude.
 # Rounding to float32 moved the outputs of the twelve networks, with random weights and calibrated batch norms, by up

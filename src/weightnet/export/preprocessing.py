@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightnet.images.transforms import Preprocess
-from weightnet.predict.exported import INPUT, LOGITS, PROBABILITIES
+from weightnet.predict.exported import INPUT
+from weightnet.predict.interface import LOGITS, PROBABILITIES
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -12,8 +12,8 @@ import numpy as np
 
 from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import ImageSource, read_image
-from weightnet.predict.engines import Batch, Model, open_engine
-from weightnet.predict.exported import LOGITS, PRE_LOGITS, check_outputs
+from weightnet.predict.engines import Model, open_engine
+from weightnet.predict.interface import LOGITS, PRE_LOGITS, Batch, check_outputs
 from weightnet.predict.metrics import softmax
 from weightnet.zoo.cards import Card
 

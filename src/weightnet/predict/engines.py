@@ -1,6 +1,6 @@
-"""Engines: what runs a network on a batch. Each takes and gives NumPy arrays, so that callers need no framework.
+"""Engines: what runs a network on a batch; here the one that fits is chosen, and that of PyTorch.
 
-Shape suffixes: B photos, C input channels, H height, W width, K classes, F features.
+Shape suffixes: as in `weightnet.predict.interface`.
 """
 
 import copy
@@ -8,22 +8,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightnet.errors import UsageError, nearest, needs_torch
-from weightnet.predict.exported import (
+from weightnet.predict.exported import EXPORTED
+from weightnet.predict.interface import (
     CLASS_WEIGHTS,
-    EXPORTED,
     FEATURES,
     LOGITS,
     OUTPUTS,
     PRE_LOGITS,
+    Batch,
+    Engine,
     check_batch,
     check_outputs,
-    open_exported,
 )
 from weightnet.zoo.cards import Card
 from weightnet.zoo.hub import PUBLISHED, embedded_export, find_weights
@@ -34,39 +32,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "torch", "onnxruntime", "openvino", "executorch", "mnn")
 
-Batch = npt.NDArray[np.float32]
 Model: TypeAlias = "str | os.PathLike[str] | nn.Module"
-
-
-class Engine(Protocol):
-    """A network that is ready to run.
-
-    `card` is the model's card: its classes, in the order of the logits, and its preprocessing. `outputs` are the names
-    of what it can give: "logits" always; of networks of this package in PyTorch, and of files exported so, further
-    "pre_logits", the pooled features that embeddings are made of, "features", the last feature map, and
-    "class_weights", the classifier's weights. The latter do not depend on photos; a heat map of a class is
-    `einsum("f,fhw->hw", class_weights[k], features[b])`.
-    """
-
-    card: Card
-    outputs: tuple[str, ...]
-
-    def run(self, x_BCHW: Batch, /) -> Batch:
-        """Return logits.
-
-        Shape: (B, C, H, W) float32, prepared as the card says -> (B, K) float32.
-        """
-        ...
-
-    def run_outputs(self, x_BCHW: Batch, names: Sequence[str], /) -> dict[str, Batch]:
-        """Return outputs by their names, in the order of `names`.
-
-        Shape: (B, C, H, W) float32, prepared as the card says -> logits (B, K), pre_logits (B, F),
-        features (B, F, H / 32, W / 32), rounded up, class_weights (K, F), each float32.
-
-        Raises: UsageError where the engine does not give one of them.
-        """
-        ...
 
 
 def open_engine(model: Model, *, engine: str = "auto", device: str = "auto") -> Engine:
@@ -114,6 +80,30 @@ engine='tensor'. Did you mean torch?
         place = "a .pt2 file" if engine == "torch" else engine
         raise UsageError(f"device must be auto or cpu in {place}. Got device={device!r}. Leave it out.")
     return open_exported(exported, engine=engine)
+
+
+def open_exported(path: str | os.PathLike[str], *, engine: str = "auto") -> Engine:
+    """Open an exported file, as `open_engine` does; the engine, unless "auto", must be one that runs it."""
+    chosen = EXPORTED[Path(path).suffix][0] if engine == "auto" else engine
+    if chosen == "onnxruntime":
+        from weightnet.predict.exported_onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(path)
+    if chosen == "openvino":
+        from weightnet.predict.exported_openvino import OpenVinoEngine
+
+        return OpenVinoEngine(path)
+    if chosen == "torch":
+        from weightnet.predict.exported_torch import TorchExportEngine
+
+        return TorchExportEngine(path)
+    if chosen == "executorch":
+        from weightnet.predict.exported_executorch import ExecuTorchEngine
+
+        return ExecuTorchEngine(path)
+    from weightnet.predict.exported_mnn import MnnEngine
+
+    return MnnEngine(path)
 
 
 class TorchEngine:

@@ -1,6 +1,6 @@
 """The engine of ExecuTorch files.
 
-Shape suffixes: as in `weightnet.predict.engines`.
+Shape suffixes: as in `weightnet.predict.interface`.
 """
 
 import os
@@ -8,17 +8,13 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weightnet.errors import UsageError
 from weightnet.predict.exported import (
-    LOGITS,
     MAX_EXPORTED_BYTES,
     card_beside,
-    check_batch,
-    check_outputs,
     check_trial,
     exported_as,
     joined,
@@ -26,10 +22,8 @@ from weightnet.predict.exported import (
     run_none,
     unreadable,
 )
+from weightnet.predict.interface import LOGITS, Batch, check_batch, check_outputs
 from weightnet.zoo.cards import read_file
-
-if TYPE_CHECKING:
-    from weightnet.predict.engines import Batch
 
 
 class ExecuTorchEngine:
@@ -60,11 +54,11 @@ class ExecuTorchEngine:
             raise unreadable(path, error) from error
         self.outputs = check_trial(path, self.card, given)
 
-    def run(self, x_BCHW: "Batch", /) -> "Batch":
+    def run(self, x_BCHW: Batch, /) -> Batch:
         """Return logits, as `Engine.run`."""
         return self.run_outputs(x_BCHW, [LOGITS])[LOGITS]
 
-    def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
+    def run_outputs(self, x_BCHW: Batch, names: Sequence[str], /) -> dict[str, Batch]:
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
@@ -78,7 +72,7 @@ class ExecuTorchEngine:
             return run_none(self, x_BCHW, names)
         return joined(names, [self._run(x_BCHW[photo : photo + 1]) for photo in range(len(x_BCHW))])
 
-    def _run(self, x_1CHW: "Batch") -> "dict[str, Batch]":
+    def _run(self, x_1CHW: Batch) -> dict[str, Batch]:
         import torch
 
         with self._one_at_a_time:

@@ -1,6 +1,6 @@
 """The engine of MNN files.
 
-Shape suffixes: as in `weightnet.predict.engines`.
+Shape suffixes: as in `weightnet.predict.interface`.
 """
 
 import contextlib
@@ -8,27 +8,21 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weightnet.predict.exported import (
     INPUT,
-    LOGITS,
     MAX_EXPORTED_BYTES,
     card_beside,
-    check_batch,
-    check_outputs,
     check_trial,
     missing_runtime,
     run_none,
     unreadable,
     usable_cores,
 )
+from weightnet.predict.interface import LOGITS, Batch, check_batch, check_outputs
 from weightnet.zoo.cards import read_file
-
-if TYPE_CHECKING:
-    from weightnet.predict.engines import Batch
 
 _QUIET = threading.Lock()  # standard output is the process's: one at a time may put another in its place
 
@@ -65,11 +59,11 @@ class MnnEngine:
                 raise unreadable(path, error) from error
         self.outputs = check_trial(path, self.card, given)
 
-    def run(self, x_BCHW: "Batch", /) -> "Batch":
+    def run(self, x_BCHW: Batch, /) -> Batch:
         """Return logits, as `Engine.run`."""
         return self.run_outputs(x_BCHW, [LOGITS])[LOGITS]
 
-    def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
+    def run_outputs(self, x_BCHW: Batch, names: Sequence[str], /) -> dict[str, Batch]:
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
@@ -78,7 +72,7 @@ class MnnEngine:
         given = self._run(x_BCHW)
         return {name: given[name] for name in names}
 
-    def _run(self, x_BCHW: "Batch") -> "dict[str, Batch]":
+    def _run(self, x_BCHW: Batch) -> dict[str, Batch]:
         expr = self._expr
         with self._one_at_a_time:
             photos = expr.placeholder(list(x_BCHW.shape), expr.NCHW, expr.float)

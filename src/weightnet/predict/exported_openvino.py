@@ -1,6 +1,6 @@
 """The engine of files that OpenVINO runs. Neither it nor this module needs PyTorch.
 
-Shape suffixes: as in `weightnet.predict.engines`.
+Shape suffixes: as in `weightnet.predict.interface`.
 """
 
 import collections
@@ -15,12 +15,9 @@ import numpy.typing as npt
 
 from weightnet.predict.exported import (
     INPUT,
-    LOGITS,
     MAX_EXPORTED_BYTES,
     Shape,
     card_beside,
-    check_batch,
-    check_outputs,
     check_signature,
     exported_as,
     in_pieces,
@@ -31,12 +28,11 @@ from weightnet.predict.exported import (
     takes_pixels,
     unreadable,
 )
+from weightnet.predict.interface import LOGITS, Batch, check_batch, check_outputs
 from weightnet.zoo.cards import read_file
 
 if TYPE_CHECKING:
     import openvino
-
-    from weightnet.predict.engines import Batch
 
 Answer = TypeVar("Answer")
 
@@ -71,11 +67,11 @@ class OpenVinoEngine:
         self._requests_of: dict[tuple[tuple[int, ...], bool], list[openvino.InferRequest]] = {}
         self._one_at_a_time = threading.Lock()  # a request keeps the answers of one piece
 
-    def run(self, x_BCHW: "Batch", /) -> "Batch":
+    def run(self, x_BCHW: Batch, /) -> Batch:
         """Return logits, as `Engine.run`."""
         return self.run_outputs(x_BCHW, [LOGITS])[LOGITS]
 
-    def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
+    def run_outputs(self, x_BCHW: Batch, names: Sequence[str], /) -> dict[str, Batch]:
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
@@ -88,7 +84,7 @@ class OpenVinoEngine:
         except RuntimeError as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
-    def _run_pieces(self, pieces: "list[npt.NDArray[Any]]", names: Sequence[str]) -> "list[dict[str, Batch]]":
+    def _run_pieces(self, pieces: list[npt.NDArray[Any]], names: Sequence[str]) -> list[dict[str, Batch]]:
         alone = len(pieces) == 1
         return run_in_turn(
             pieces,

@@ -1,30 +1,18 @@
 """The engine of files of `torch.export`.
 
-Shape suffixes: as in `weightnet.predict.engines`.
+Shape suffixes: as in `weightnet.predict.interface`.
 """
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from weightnet.errors import UsageError, needs_torch
-from weightnet.predict.exported import (
-    LOGITS,
-    MAX_EXPORTED_BYTES,
-    MIN_SIZE_PX,
-    card_beside,
-    check_batch,
-    check_outputs,
-    check_trial,
-    run_none,
-    unreadable,
-)
+from weightnet.predict.exported import MAX_EXPORTED_BYTES, card_beside, check_trial, run_none, unreadable
+from weightnet.predict.interface import LOGITS, MIN_SIZE_PX, Batch, check_batch, check_outputs
 from weightnet.zoo.cards import read_file
-
-if TYPE_CHECKING:
-    from weightnet.predict.engines import Batch
 
 
 class TorchExportEngine:
@@ -49,11 +37,11 @@ class TorchExportEngine:
             raise unreadable(path, error) from error
         self.outputs = check_trial(path, self.card, given)
 
-    def run(self, x_BCHW: "Batch", /) -> "Batch":
+    def run(self, x_BCHW: Batch, /) -> Batch:
         """Return logits, as `Engine.run`."""
         return self.run_outputs(x_BCHW, [LOGITS])[LOGITS]
 
-    def run_outputs(self, x_BCHW: "Batch", names: Sequence[str], /) -> "dict[str, Batch]":
+    def run_outputs(self, x_BCHW: Batch, names: Sequence[str], /) -> dict[str, Batch]:
         """Return some of the file's outputs, as `Engine.run_outputs`."""
         check_outputs(names, self.outputs)
         check_batch(x_BCHW, self.card)
@@ -67,7 +55,7 @@ class TorchExportEngine:
         given = self._run(x_BCHW)
         return {name: given[name] for name in names}
 
-    def _run(self, x_BCHW: "Batch") -> "dict[str, Batch]":
+    def _run(self, x_BCHW: Batch) -> dict[str, Batch]:
         import torch
 
         with torch.no_grad():

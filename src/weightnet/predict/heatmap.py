@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from weightnet.images.transforms import Preprocess
-from weightnet.predict.engines import Batch
+from weightnet.predict.interface import Batch
 
 CELL_PX = 32  # of the network's input for each cell of the last feature map
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from weightnet.predict.engines import Batch
+from weightnet.predict.interface import Batch
 
 Run = Callable[[Batch, Sequence[str]], dict[str, Batch]]
 

@@ -13,9 +13,9 @@ from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import read_image
 from weightnet.images.formats import read_header
 from weightnet.predict.classifier import Prediction, make_prediction
-from weightnet.predict.engines import Batch, Engine, open_engine
-from weightnet.predict.exported import CLASS_WEIGHTS, FEATURES, LOGITS
+from weightnet.predict.engines import open_engine
 from weightnet.predict.heatmap import Heatmap, make_heatmap
+from weightnet.predict.interface import CLASS_WEIGHTS, FEATURES, LOGITS, Batch, Engine
 from weightnet.serve.batcher import Batcher, batch_sizes
 from weightnet.serve.body import find_photo
 from weightnet.serve.limits import Admission, Limits, RefusedError
