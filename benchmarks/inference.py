@@ -163,11 +163,13 @@ def peak_gflops() -> dict[str, float]:
     return peaks
 
 
-def peak_memory_mb(folder: Path, engine: str) -> float:
-    """Return the most memory that this process needed to run one network on a large batch."""
+def peak_memory_mb(folder: Path, engine: str) -> float | None:
+    """Return the most memory that this process needed to run one network on a large batch; None where it cannot."""
     run = prepared(engine, MEMORY_NETWORK, folder, MEMORY_BATCH)
-    for _ in range(3 if run else 0):
-        run()  # type: ignore[misc]
+    if run is None:
+        return None
+    for _ in range(3):
+        run()
     # getrusage would give that of the process which started this one, where it was larger.
     (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     return round(int(peak_kib) * 1024 / 1e6)
@@ -206,7 +208,7 @@ def memory_table(report: dict[str, Any]) -> str:
         [
             f"| {' | '.join(ENGINES)} |",
             "|---" * len(ENGINES) + "|",
-            f"| {' | '.join(f'{megabytes[engine]} MB' for engine in ENGINES)} |",
+            f"| {' | '.join(f'{megabytes[engine]} MB' if megabytes[engine] else '-' for engine in ENGINES)} |",
         ]
     )
 
@@ -300,6 +302,8 @@ def main() -> None:
     parser.add_argument("--times-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--memory-in", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     if options.times_in:
         print(json.dumps(measure(options.times_in, options.rounds)))
     elif options.memory_in:
@@ -338,6 +342,7 @@ def measure_all(rounds: int) -> dict[str, Any]:
     import weightnet
     from weightnet.nn.variants import VARIANTS
 
+    measured_on = machine()
     with tempfile.TemporaryDirectory() as folder:
         export_all(Path(folder))
         threads = {str(n): child(__file__, ["--times-in", folder, "--rounds", str(rounds)], n) for n in THREADS}
@@ -346,7 +351,7 @@ def measure_all(rounds: int) -> dict[str, Any]:
         "command": f"python benchmarks/inference.py --rounds {rounds}",
         "size_px": SIZE_PX,
         "commit": commit(),
-        "machine": machine(),
+        "machine": measured_on,
         "bfloat16": has_bfloat16(),
         "versions": {
             "weightnet": weightnet.__version__,

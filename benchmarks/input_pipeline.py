@@ -23,14 +23,17 @@ import torch
 from inference import show
 
 import weightnet
+from weightnet.errors import UsageError
 from weightnet.train import data
 from weightnet.train.config import TrainConfig
 from weightnet.train.folders import read_folders
 from weightnet.train.loop import _start, start_fabric
+from weightnet.train.memory import keep_freed_memory
 from weightnet.train.step import update
 
 SIZES = (64, 128)
 TURNS = 3
+WARM_UP = 5  # steps
 
 
 def rate(photos: int, work: Callable[[], Any]) -> float:
@@ -49,6 +52,8 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
         fabric = start_fabric(config)
         state, model = _start(fabric, config, photos.classes, None, begun=False)
         batches = data.EpochBatches(photos.labels, config)
+        if batches.steps < steps:
+            raise UsageError(f"DATA must have photos for {steps} steps of 128. Got {len(photos)}. Lower --steps.")
         rates: dict[str, list[float]] = {"S": [], "D": [], "T": []}
         with data.cached(photos, config, Path(folder, "photos.cache"), lambda: None) as kept:
 
@@ -60,7 +65,7 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
                     update(fabric, model, state, batch, config, 10**6)
 
             first = next(iter(some()))
-            train_on([first])
+            train_on([first] * WARM_UP)
             for _ in range(TURNS):
                 rates["S"].append(rate(128 * steps, lambda: train_on([first] * steps)))
                 rates["D"].append(rate(128 * steps, lambda: list(some())))
@@ -92,6 +97,7 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("DATA must name the photos")
+    keep_freed_memory()  # as `weightnet train` does
     rows = {}
     for size, cache in itertools.product(SIZES, (0, 192)):
         rows[f"{size} px, {'cache' if cache else 'files'}"] = measure(options.data, size, cache, options.steps)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import BATCHES, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
+from inference import BATCHES, PAUSE_S, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
 from int8_graphs import placed_by_nncf, places_at_inputs
 
 from weightnet.export.int8 import Photos, quantise
@@ -179,6 +179,8 @@ def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, lis
     times: dict[str, list[float]] = {key: [] for key in runs}
     for number in range(rounds + 2):
         for key, run in runs.items():
+            time.sleep(PAUSE_S)
+            run(x_BCHW)  # wakes its threads
             begun_at = time.perf_counter()
             run(x_BCHW)
             if number > 1:  # the first two warm up
@@ -318,6 +320,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
     parser.add_argument("--measure-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args()
+    if options.rounds == 1:
+        parser.error("--rounds must be at least 2, for quartiles")
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return

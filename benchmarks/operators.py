@@ -140,11 +140,11 @@ def main() -> None:
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    measured = child(__file__, ["--child"], 1)
+    measured_on, measured = machine(), child(__file__, ["--child"], 1)
     report = {
         "command": "python benchmarks/operators.py",
         "commit": commit(),
-        "machine": machine(),
+        "machine": measured_on,
         "runs": RUNS,
         "precisions": measured.pop("precisions"),
         "engines": measured,

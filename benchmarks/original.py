@@ -189,6 +189,7 @@ def measure_all(python: str, rounds: int) -> dict[str, Any]:
     done = subprocess.run([python, "-c", version], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"--original-python must be a Python that has MegEngine. Got {python}: {done.stderr[-300:]}")
+    measured_on = machine()
     with tempfile.TemporaryDirectory() as folder:
         export_all(Path(folder))
         arguments = ["--original-python", python, "--rounds", str(rounds), "--measure-in", folder]
@@ -197,7 +198,7 @@ def measure_all(python: str, rounds: int) -> dict[str, Any]:
         "command": f"python benchmarks/original.py --original-python PATH --rounds {rounds}",
         "size_px": SIZE_PX,
         "commit": commit(),
-        "machine": machine(),
+        "machine": measured_on,
         "bfloat16": has_bfloat16(),
         "versions": {
             "megengine": done.stdout.split()[-1],
@@ -218,6 +219,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
     parser.add_argument("--measure-in", nargs=2, help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return

@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--step-of", nargs=2, type=int, metavar=("SIZE", "BATCH"), help=argparse.SUPPRESS)
     parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     torch.set_num_threads(options.threads)
     if options.keep:
         keep_freed_memory()

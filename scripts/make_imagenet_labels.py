@@ -42,10 +42,11 @@ def main() -> None:
     parser.add_argument("wheel", type=Path, help="a timm wheel")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the table to write (default: the package's own)")
     options = parser.parse_args()
+    labels = read_labels(options.wheel)  # before the table, so that a wrong wheel leaves that as it was
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["wnid", "label"])
-        writer.writerows(read_labels(options.wheel).items())
+        writer.writerows(labels.items())
     print(f"wrote {options.output}")
 
 

@@ -32,7 +32,17 @@ SETTINGS, RESULTS, PICTURE = HERE / "study.yaml", HERE / "results.json", HERE / 
 CLASSES = 100
 FIGURES = ("top1", "top5", "loss", "train_loss", "ece")
 PAIRS = (("weightnet_1x", "plain"), ("weightnet_8x", "plain"), ("weightnet_1x_ports_init", "weightnet_1x"))
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided 95% points of Student's t, by degrees of freedom
+T_95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # two-sided 95% points of Student's t, by degrees of freedom
 
 Run = dict[str, Any]
 

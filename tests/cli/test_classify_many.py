@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -72,6 +73,16 @@ def test_classify_many_with_a_closed_stream_does_no_work(classify, photos, monke
         closed.setattr(sys, stream, None)
         code = main(["classify-many", *inputs, "--out", "out", "--format", "jsonl"])
     assert (code, (photos / "out").exists()) == (2, False)
+
+
+def test_classify_many_reads_another_column_in_the_engine_that_is_asked_for(weightnet, photos):
+    cells = pa.array([(photos / "a.png").read_bytes()], pa.binary())
+    parquet.write_table(pa.table({"image": pa.array([1]), "picture": cells}), photos / "t.parquet")
+    options = ("--out", "out", "--format", "jsonl", "--image-column", "picture", "--batch-size", "3")
+    assert weightnet("classify-many", "t.parquet", *options, "--engine", "torch").code == 0
+    manifest = (photos / "out/_run.json").read_text()
+    assert '"torch"' in manifest
+    assert weightnet("classify-many", "t.parquet", *options, "--engine", "no-such").code == 2
 
 
 def test_classify_many_writes_embeddings(classify, photos):

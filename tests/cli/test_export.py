@@ -1,6 +1,7 @@
 from importlib.util import find_spec
 
 import cv2
+import onnx
 import pytest
 import skimage.data
 
@@ -41,6 +42,16 @@ def test_export_gives_its_report_as_json(weightnet, run_folder, photos, suffix, 
     assert list(report) == names
     assert (report["path"], report["precision"], report["outputs"]) == (f"net{suffix}", "fp16", ["logits"])
     assert report["bytes"] == sum((photos / name).stat().st_size for name in files)
+
+
+@pytest.mark.parametrize(("form", "products"), [("feature", 0), ("matmul", 1)])
+def test_export_computes_in_the_form_that_is_asked_for(weightnet, run_folder, photos, form, products):
+    assert weightnet("export", run_folder, "net.onnx", "--form", form).code == 0
+    kinds = {node.op_type for node in onnx.load("net.onnx").graph.node}
+    assert ("MatMul" in kinds) == bool(products)
+    rows = weightnet("predict", "a.png", "--model", "net.onnx", "--json").rows
+    expected = weightnet("predict", "a.png", "--model", run_folder, "--json").rows
+    assert rows[0]["top"][0]["probability"] == pytest.approx(expected[0]["top"][0]["probability"], abs=1e-5)
 
 
 def test_export_puts_the_preprocessing_inside(weightnet, run_folder, photos):

@@ -41,6 +41,13 @@ def test_base_predicts() -> None:
     assert (row["status"], row["top"][0]["label"]) == ("ok", "cat")
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_base_classifies_many(tmp_path: Path, form: str) -> None:
+    done = weightnet("classify-many", CAT, "--out", tmp_path / "answers", "--format", form)
+    assert (done.returncode, done.stdout) == (0, "images 1, ok 1, errors 0, partitions 1\n"), done.stderr
+    assert "cat" in (tmp_path / f"answers/part-00000.{form}").read_text(encoding="utf-8")
+
+
 def test_base_evaluates_with_a_report(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -52,7 +59,9 @@ def test_base_evaluates_with_a_report(tmp_path: Path) -> None:
     assert "<html" in report.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["", "convert", "evaluate", "export", "models", "predict", "serve", "train"])
+@pytest.mark.parametrize(
+    "command", ["", "classify-many", "convert", "evaluate", "export", "models", "predict", "serve", "train"]
+)
 def test_base_shows_all_help(command: str) -> None:
     done = weightnet(*command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,3 +1,4 @@
+import re
 import struct
 import threading
 import zlib
@@ -188,8 +189,7 @@ def test_metrics_count_requests_latency_batches_and_queue(start):
 def test_reference_page_needs_nothing_from_elsewhere(service):
     page = service.client.get("/docs").text
     assert "POST /v1/classify" in page
-    assert not {"http://", "https://", "<script", "src="} & {word for word in page.split('"') if "//" in word}
-    assert "<script" not in page
+    assert not re.search(r"://|<script|src=", page)
 
 
 def test_failure_of_the_network_gets_500_and_ends_there(gate, start):

@@ -100,6 +100,7 @@ def test_unit_runs_the_service_and_starts_it_again_after_a_crash():
     assert (said["host"], said["port"]) == ("127.0.0.1", PORT)
     assert float(section["TimeoutStopSec"]) > Limits().drain_timeout_s
     assert (section["Restart"], section["RestartPreventExitStatus"]) == ("on-failure", "2")
+    assert section["SuccessExitStatus"] == "143", "as docs/serve.md says of SIGTERM"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -82,6 +82,7 @@ def test_colour_jitter_of_no_strength_is_the_photo() -> None:
     assert got.flags.c_contiguous
 
 
+@settings(deadline=None)
 @given(
     photo=arrays.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 5), st.just(3))),
     seed=st.integers(0, 2**32),
@@ -97,6 +98,7 @@ def test_colour_jitter_stays_a_photo(photo: Pixels, seed: int, strength: float) 
 SIZES = st.one_of(st.integers(1, 4), st.integers(1, 2000), st.sampled_from([1000, 16_384]))
 
 
+@settings(deadline=None)
 @given(width=SIZES, height=SIZES, seed=st.integers(0, 2**32), min_scale=st.floats(0.001, 1))
 def test_random_crop_box_lies_in_the_photo(width: int, height: int, seed: int, min_scale: float) -> None:
     x, y, w, h = random_crop_box(width, height, np.random.default_rng(seed), min_scale)
@@ -106,6 +108,7 @@ def test_random_crop_box_lies_in_the_photo(width: int, height: int, seed: int, m
     assert 0 <= y <= height - h
 
 
+@settings(deadline=None)
 @given(width=st.integers(200, 900), height=st.integers(200, 900), seed=st.integers(0, 2**32))
 def test_random_crop_box_keeps_area_and_ratio(width: int, height: int, seed: int) -> None:
     _, _, w, h = random_crop_box(width, height, np.random.default_rng(seed), 0.2)

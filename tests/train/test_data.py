@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
@@ -48,6 +48,7 @@ def assert_same(got: list[Batch], want: list[Batch]) -> None:
         assert one.unreadable == other.unreadable
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 50), seed=st.integers(0, 2**64), epoch=st.integers(0, 1000))
 def test_epoch_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     labels = np.zeros(n, np.int64)
