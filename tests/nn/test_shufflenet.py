@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weightnet.errors import UsageError
 from weightnet.nn.complexity import complexity
+from weightnet.nn.fold import fold
 from weightnet.nn.layers import WeightNet2d, set_form
 from weightnet.nn.shufflenet import ShuffleNetV2, outline
 from weightnet.nn.variants import VARIANTS, NetworkSpec
@@ -49,6 +50,14 @@ def test_variant_has_its_exact_totals(name: str) -> None:
     totals = complexity(ShuffleNetV2(VARIANTS[name].spec))
     assert totals == VARIANTS[name].totals
     assert (totals.params, f"{totals.macs / 1e6:.3f}") == EXACT[name]
+
+
+def test_complexity_refuses_what_it_cannot_count() -> None:
+    network = ShuffleNetV2(VARIANTS["shufflenet_v2_x0_5"].spec)
+    with pytest.raises(UsageError, match=r"network must be a ShuffleNetV2\. Got network=FoldedShuffleNetV2"):
+        complexity(fold(network))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"size_px must be at least 32\. Got size_px=-1"):
+        complexity(network, -1)
 
 
 def test_page_params_are_reproduced_in_every_row() -> None:

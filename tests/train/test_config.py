@@ -76,6 +76,8 @@ def test_defaults_are_the_originals_recipe() -> None:
         ("pretrained", 1, "text"),
         ("data", Path("photos"), "text"),
         ("data", "caf\udce9", "text"),
+        ("out", "a\0b", "text"),
+        pytest.param("learning_rate", 10**400, "at most", id="learning_rate-401 digits"),
     ],
 )
 def test_config_refuses_a_value_and_says_the_rule(name: str, value: object, rule: str) -> None:
@@ -129,7 +131,21 @@ def test_read_options_takes_an_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["- epochs", "epochs", "1: 2", "epochs: [", "!!python/object:os.system {}", "seed: 2024-13-01"]
+    "text",
+    [
+        "- epochs",
+        "epochs",
+        "1: 2",
+        "epochs: [",
+        "!!python/object:os.system {}",
+        "seed: 2024-13-01",
+        "[" * 1500,
+        "freeze: !!bool maybe",
+        'epochs: !!int ""',
+        "seed: !!timestamp foo",
+        'a: "\\UFFFFFFFF"',
+        "- &a [1, 1]\n- &b [*a, *a]\n- [*b, *b]",
+    ],
 )
 def test_read_options_refuses_what_is_no_mapping_of_options(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="configuration file"):

@@ -96,6 +96,15 @@ def test_read_folders_takes_photos_at_any_depth_but_hidden_ones(data: Path) -> N
     assert [name for name in train.files if name.startswith("cat/")] == ["cat/3.webp", "cat/a/0.png", "cat/a/b/0.png"]
 
 
+def test_read_folders_follows_links_once(data: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "9.jpg").touch()
+    (elsewhere / "back").symlink_to(data / "train" / "cat")
+    (data / "train" / "cat" / "more").symlink_to(elsewhere)
+    train, _ = read_folders(data)
+    assert [name for name in train.files if name.startswith("cat/")] == ["cat/3.webp", "cat/more/9.jpg"]
+
+
 def test_read_folders_refuses_different_classes(data: Path) -> None:
     for index in range(7):
         make(data, f"more{index}/1.jpg")
@@ -122,6 +131,7 @@ def test_read_folders_refuses_different_classes(data: Path) -> None:
         ("folder,label,imagenet_index\ncat,a,281\ndog,b,two\n", "Got 'two' for dog"),
         ("folder,label,imagenet_index\ncat,a,281\ndog,b,1000\n", "Got '1000' for dog"),
         ("folder,label,imagenet_index\ncat,a,281\ndog,b,-1\n", "Got '-1' for dog"),
+        (f"folder,label,imagenet_index\ncat,a,281\ndog,b,{'1' * 5000}\n", "a number from 0 to 999"),
         ("folder,label,imagenet_index\ncat,a,281\ndog,b,1.0\n", r"Got '1\.0' for dog"),
         ("folder,label,wnid\ncat,a,\ndog,b,\x07\n", "wnid must be empty"),
         ("folder,label\ncat,a\ndog,\0\n", "printable|NUL"),

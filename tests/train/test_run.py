@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import filelock
 import pytest
 import torch
 
 import weightnet
 from weightnet.errors import TrainingError, WeightsError
+from weightnet.train import loop
 from weightnet.train import run as run_module
 from weightnet.train.folders import PhotoFolder, read_folders
 from weightnet.train.loop import _start, fit, start_fabric
@@ -191,3 +193,28 @@ def test_card_claims_no_figures_of_earlier_weights(
     assert run.card(state).measured["top1"] == 0.5
     state.step = 5
     assert run.card(state).measured == {}
+
+
+def test_fit_removes_caches_that_a_killed_run_left(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "run").mkdir()
+    for number in range(3):
+        (tmp_path / "run" / f"photos{number}.cache").write_bytes(b"decoded")
+    fit(make_config(epochs=1))
+    assert not list((tmp_path / "run").glob("photos*.cache"))
+
+
+def test_fit_says_what_to_lower_where_a_step_does_not_fit_into_memory(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("40 GB")
+
+    monkeypatch.setattr(loop, "update", fail)
+    with pytest.raises(TrainingError, match=r"Got batch_size=9, accumulate=1: 40 GB\. Start a new run"):
+        fit(make_config(epochs=1))
+
+
+def test_fit_leaves_opencvs_threads_as_they_were(make_config: MakeConfig) -> None:
+    before = cv2.getNumThreads()
+    fit(make_config(epochs=1))
+    assert cv2.getNumThreads() == before

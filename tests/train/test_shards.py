@@ -87,6 +87,13 @@ def test_photo_of_a_shard_that_has_gone_is_an_image_error(shards: Path) -> None:
         train.source(0)
 
 
+def test_read_shards_refuses_a_table_that_is_a_folder(shards: Path) -> None:
+    (shards / "classes.csv").unlink()
+    (shards / "classes.csv").mkdir()
+    with pytest.raises(DataError, match="must be readable"):
+        read_shards(shards)
+
+
 def test_read_shards_without_a_table_numbers_classes(shards: Path) -> None:
     (shards / "classes.csv").unlink()
     assert [entry.label for entry in read_shards(shards)[0].classes] == ["class 0", "class 1", "class 2"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from weightnet.errors import TrainingError
 from weightnet.train.config import TrainConfig
 from weightnet.train.data import Batch
 from weightnet.train.loop import _start, fit, start_fabric
@@ -49,6 +50,16 @@ def test_update_clips_the_gradient(make_config: MakeConfig, batch: Batch) -> Non
     state, _ = one_step(make_config(clip_norm=0.01, **options), batch)
     moved = torch.cat([(p - q).detach().flatten() for p, q in zip(state.network.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_update_leaves_a_gradient_that_overflows_to_the_next_loss(make_config: MakeConfig, batch: Batch) -> None:
+    config = make_config(clip_norm=1.0)
+    fabric = start_fabric(config)
+    state, model = _start(fabric, config, numbered_classes(3), None, begun=False)
+    state.network.classifier[0].bias.register_hook(lambda gradient: gradient * torch.inf)
+    update(fabric, model, state, batch, config, 8)
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        update(fabric, model, state, batch, config, 8)
 
 
 def one_step_start(config: TrainConfig) -> list[nn.Parameter]:

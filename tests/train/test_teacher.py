@@ -76,6 +76,16 @@ def test_fit_begins_without_what_another_run_was_taught(tmp_path: Path, make_con
         fit(make_config(teacher=taught, teacher_views=1), report=look)
 
 
+def test_fit_keeps_what_is_not_its_own_in_a_folder_called_teacher(
+    tmp_path: Path, make_config: MakeConfig, taught: str
+) -> None:
+    own = tmp_path / "run" / "teacher" / "weights.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"a model")
+    fit(make_config(teacher=taught, teacher_views=1, epochs=1))
+    assert [path.name for path in own.parent.iterdir()] == ["weights.safetensors"]
+
+
 def test_fit_learns_classes_from_the_teacher_alone(tmp_path: Path, make_config: MakeConfig, taught: str) -> None:
     """With no label to learn from but noise, features that tell the classes apart come from the teacher."""
     options: dict[str, Any] = {

@@ -175,6 +175,29 @@ def test_convert_overwrites_no_file_that_is_not_a_card(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["package.json"]
 
 
+def test_convert_leaves_the_card_of_an_exported_file_true(tmp_path: Path) -> None:
+    card = convert(TINY, tmp_path / "m.safetensors")
+    (tmp_path / "m.onnx").write_bytes(b"exported")
+    exported = {".onnx": {"precision": "fp32"}}
+    write_card(dataclasses.replace(card, notes={**card.notes, "exports": exported}), tmp_path / "m.json")
+    assert convert(TINY, tmp_path / "m.safetensors").notes["exports"] == exported
+    classes = tuple(ClassLabel(f"other {number}") for number in range(len(card.classes)))
+    write_card(dataclasses.replace(card, classes=classes), tmp_path / "m.json")
+    with pytest.raises(UsageError, match=r"m\.json is the card of another model, m\.onnx"):
+        convert(TINY, tmp_path / "m.safetensors")
+    assert read_card(tmp_path / "m.json").classes == classes
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a\nb", "x" * 220])
+def test_convert_takes_files_of_any_name(tmp_path: Path, name: str) -> None:
+    try:
+        shutil.copy(TINY, tmp_path / f"{name}.pkl")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    convert(tmp_path / f"{name}.pkl", tmp_path / f"{name}.safetensors")
+    assert load(tmp_path / f"{name}.safetensors").card.made_by["file"].isprintable()
+
+
 def test_convert_beside_the_source_keeps_what_its_card_says(tmp_path: Path) -> None:
     shutil.copy(TINY, tmp_path / "w.pkl")
     card = convert(TINY, tmp_path / "first.safetensors")

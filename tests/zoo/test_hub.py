@@ -208,7 +208,10 @@ def test_fetch_says_so_where_the_cache_cannot_be_written(server: Server, tmp_pat
         fetch(server.url)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/w", "data://x", "weights.bin"])
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/hostname", "ftp://127.0.0.1/w", "data://x", "weights.bin", "http://[x", "http://x/\udcff"],
+)
 def test_fetch_refuses_addresses_that_are_not_of_the_web(url: str) -> None:
     with pytest.raises(UsageError, match="http or https"):
         fetch(url)

@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def safetensors_of_header(header: object, body: bytes = b"", length: int | None 
     return (len(text) if length is None else length).to_bytes(8, "little") + text + body
 
 
+def with_attributes(
+    tensors: "OrderedDict[str, torch.Tensor]", **attributes: object
+) -> "OrderedDict[str, torch.Tensor]":
+    """A dict with attributes in the place of its methods, which a file keeps."""
+    vars(tensors).update(attributes)
+    return tensors
+
+
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HOSTILE: dict[str, bytes] = {
     "empty": b"",
@@ -71,6 +80,7 @@ HOSTILE: dict[str, bytes] = {
     "sixty-five axes": safetensors_of_header({"a": {**ENTRY, "shape": [1] * 65, "data_offsets": [0, 4]}}, bytes(4)),
     "zip without pickle": save_torch({})[:4] + bytes(100),
     "empty dict": save_torch({}),
+    "method that is none": save_torch(with_attributes(OrderedDict(a=torch.zeros(2)), get=1, values=2)),
     "list of tensors": save_torch([torch.zeros(2)]),
     "number": save_torch(3),
     "nested": save_torch({"state_dict": {"a": {"b": torch.zeros(1)}}}),

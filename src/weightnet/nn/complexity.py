@@ -9,8 +9,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from weightnet.errors import UsageError
 from weightnet.nn.layers import WeightNet2d
-from weightnet.nn.shufflenet import ShuffleNetV2, WeightNetBlock
+from weightnet.nn.shufflenet import MIN_SIZE_PX, ShuffleNetV2, WeightNetBlock
 from weightnet.nn.variants import Totals
 
 PAGE_BIASES = ("first_conv.0.bias", "conv_last.0.bias", "classifier.0.bias")
@@ -32,7 +33,7 @@ def complexity(network: ShuffleNetV2, size_px: int = 224) -> Totals:
 
     Returns: the four totals.
 
-    Raises: UsageError for an image smaller than the networks take.
+    Raises: UsageError for an image smaller than the networks take, or for another network, a folded one too.
 
     Example:
         >>> from weightnet.nn.variants import VARIANTS
@@ -41,6 +42,11 @@ def complexity(network: ShuffleNetV2, size_px: int = 224) -> Totals:
 
     Source: the counting rules are those above.
     """
+    if not isinstance(network, ShuffleNetV2):
+        given = type(network).__name__
+        raise UsageError(f"network must be a ShuffleNetV2. Got network={given}. Count the network it was made of.")
+    if size_px < MIN_SIZE_PX:
+        raise UsageError(f"size_px must be at least {MIN_SIZE_PX}. Got size_px={size_px}. Choose a larger size.")
     on_paper = copy.deepcopy(network).to("meta").eval()
     macs = pool_inputs = 0
 

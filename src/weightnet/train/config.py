@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import reprlib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -216,18 +217,24 @@ def read_options(path: str | Path) -> dict[str, Any]:
     """
     try:
         options = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (OSError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        # Its constructors raise nearly anything for tags and escapes that do not fit.
         raise UsageError(f"The configuration file {path} must be readable YAML. Got: {error}") from error
     if options is None:
         return {}
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise UsageError(f"The configuration file {path} must map option names to values. Got {options!r:.80}.")
+        raise UsageError(f"The configuration file {path} must map option names to values. Got {reprlib.repr(options)}.")
     return options
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise UsageError(f"{name} must be {rule}. Got {name}={value!r}. Choose another value.")
+        raise UsageError(f"{name} must be {rule}. Got {name}={_short(value)}. Choose another value.")
+
+
+def _short(value: object) -> str:
+    """Return a value for a message; lists may hold themselves many times over."""
+    return reprlib.repr(value) if isinstance(value, list | dict) else repr(value)
 
 
 def _check_type(name: str, value: object, annotation: Any) -> None:
@@ -241,12 +248,12 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(whole or (value is None and annotation is not int), name, "a whole number", value)
     elif annotation is float:
-        numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         _require(numeric, name, "a finite number", value)
     else:
         _require(isinstance(value, annotation) and _is_unicode(value), name, "text", value)
 
 
 def _is_unicode(value: str | None) -> bool:
-    """Whether a text can be written as UTF-8; a path of other bytes cannot."""
-    return value is None or value == value.encode("utf-8", "ignore").decode("utf-8")
+    """Whether a text can be written as UTF-8 and be a path; one of other bytes cannot."""
+    return value is None or ("\0" not in value and value == value.encode("utf-8", "ignore").decode("utf-8"))

@@ -147,8 +147,18 @@ class _Photos(Dataset[Crop | Unreadable]):
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    cv2.setNumThreads(0)  # one photo a thread: threads within it would be more than there are cores
     return ThreadPoolExecutor(usable_cores())
+
+
+@contextlib.contextmanager
+def opencv_in_one_thread() -> Iterator[None]:
+    """Within the block, OpenCV starts no threads: photos have one each, and more would be more than there are cores."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 class TrainingPhotos(_Photos):

@@ -147,7 +147,7 @@ def label_of_row(table: Path, row: dict[str, Any]) -> ClassLabel:
     """Return the class of a row; DataError where its number or WordNet id is none."""
     wnid, index = row.get("wnid") or None, row.get("imagenet_index") or None
     name = row.get("folder") or row["label"]
-    if index is not None and not (index.isascii() and index.isdigit() and int(index) < 1000):
+    if index is not None and not (index.isascii() and index.isdigit() and len(index) <= 3):
         raise DataError(
             f"imagenet_index must be empty or a number from 0 to 999. Got {index!r} for {name} in {table}. Mend it."
         )
@@ -177,8 +177,14 @@ def _photos_below(folder: Path) -> list[str]:
         raise error
 
     found = []
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    walked: set[tuple[int, int]] = set()  # links are followed; those that lead back end
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in walked:
+            folders.clear()
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.relpath(os.path.join(where, name), folder) for name in names if _is_photo(name)]
     return sorted(found)
 

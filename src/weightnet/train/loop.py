@@ -85,7 +85,8 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
         DataError: the data folder cannot be trained on.
         TrainingError: the run cannot start or go on; its last checkpoint is intact.
         UsageError: options or photos are not those of the run that is resumed, or this machine has no such device.
-        MissingDependencyError: lightning-fabric is not installed.
+        UnknownModelError, WeightsError, DownloadError: pretrained weights or a teacher cannot be had.
+        MissingDependencyError: lightning-fabric, matplotlib or the teacher's packages are not installed.
 
     Example:
         >>> fit(TrainConfig(data="photos", out="run", epochs=30)).measured["top1"]  # doctest: +SKIP
@@ -99,29 +100,39 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
     with (
         _process_group(fabric),
         RunFolder.open(config, train_photos, resume=resume, writes=first) as run,
-        _stop_requests() as check_stop,
         _own_random_numbers(fabric),
+        data.opencv_in_one_thread(),
     ):
         begun = fabric.broadcast(run.begun)
         teacher = None if config.teacher is None else load_teacher(config.teacher, fabric.device)
         targets = data.Targets(run.path / "teacher")
         state, model = _start(fabric, config, train_photos.classes, teacher, begun=begun)
-        if begun:
-            run.restore(state)
-        else:
-            run.save(state)  # a folder that cannot be written shows before the first step
-        try:
-            _train(fabric, model, teacher, targets, state, run, val_photos, report if first else _ignore, check_stop)
-        except _StoppedError as request:
-            run.save(state)
-            raise TrainingError(f"The run was stopped at step {state.step} and saved. Resume it to go on.") from request
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
-                "resume, with fewer workers or more memory."
-            ) from error
+        with _stop_requests() as check_stop:  # not before: a download ends by Ctrl-C
+            if begun:
+                run.restore(state)
+            else:
+                run.save(state)  # a folder that cannot be written shows before the first step
+            try:
+                _train(
+                    fabric, model, teacher, targets, state, run, val_photos, report if first else _ignore, check_stop
+                )
+            except _StoppedError as request:
+                run.save(state)
+                raise TrainingError(
+                    f"The run was stopped at step {state.step} and saved. Resume it to go on."
+                ) from request
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise TrainingError(
+                    f"A step must fit into memory. Got batch_size={config.batch_size}, accumulate={config.accumulate}: "
+                    f"{error}. Start a new run with a smaller batch_size, or a larger accumulate."
+                ) from error
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"The processes that load photos must live on. Got: {error}. The last checkpoint is intact: "
+                    "resume, with fewer workers or more memory."
+                ) from error
         run.finish(state)
     return run.card(state)
 

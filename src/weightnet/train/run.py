@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import io
 import shlex
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from weightnet.train.config import TrainConfig
 from weightnet.train.curves import draw_curves
 from weightnet.train.data import Unreadable
 from weightnet.train.folders import PhotoFolder
-from weightnet.zoo.cards import Card, read_card, write_atomically, write_card
+from weightnet.zoo.cards import Card, printable_name, read_card, write_atomically, write_card
 
 # Options that may change when a run is resumed: they change none of its numbers, or only where it runs and looks up.
 FREE_OPTIONS = {"out", "data", "workers", "device", "checkpoint_minutes", "evaluate_every", "terms"}
@@ -163,8 +162,8 @@ class RunFolder:
                 raise TrainingError(f"The run folder must be new. Got a run in {run.path}. Resume it, or name another.")
             if not run.begun:
                 run.check_free()
-                shutil.rmtree(run.path / "teacher", ignore_errors=True)
-            for rest in run.path.glob(".*.part"):  # of a save that was cut off
+                run.remove_views()
+            for rest in (*run.path.glob(".*.part"), *run.path.glob("photos*.cache")):  # of a run that was killed
                 rest.unlink(missing_ok=True)
             yield run
         finally:
@@ -187,6 +186,14 @@ class RunFolder:
             f"The run folder must be new. Got {self.path}, which holds a model, and no checkpoint to resume. "
             "Name another."
         )
+
+    def remove_views(self) -> None:
+        """Remove the teacher's probabilities, and nothing else that may lie in their folder."""
+        folder = self.path / "teacher"
+        with contextlib.suppress(OSError):
+            for view in (*folder.glob("view*.npy"), *folder.glob(".view*.part")):
+                view.unlink(missing_ok=True)
+            folder.rmdir()
 
     @property
     def seconds_since_save(self) -> float:
@@ -262,7 +269,7 @@ class RunFolder:
             raise TrainingError(
                 f"The run folder must be writable. Got {self.path}: {error}. The model is whole: make room, and resume."
             ) from error
-        shutil.rmtree(self.path / "teacher", ignore_errors=True)
+        self.remove_views()
 
     def card(self, state: RunState) -> Card:
         """Return the card of the run's model; it states figures only where this very model was measured."""
@@ -270,9 +277,8 @@ class RunFolder:
         latest = state.history[-1] if state.history else {"step": -1}
         measured = {**latest, "on": f"{config.data}/val"} if latest["step"] == state.step else {}
         command = ["weightnet", "train", "--config", f"{config.out}/config.yaml", "--out", "NEW_FOLDER"]
-        name = "".join(filter(str.isprintable, self.path.resolve().name))[:200]
         return Card(
-            name=name or "run",
+            name=printable_name(self.path.resolve().name, otherwise="run"),
             network=state.network.spec,
             classes=self.photos.classes,
             preprocess=state.preprocess,

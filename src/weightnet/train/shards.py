@@ -119,7 +119,11 @@ def _classes(root: Path, num_classes: int) -> tuple[ClassLabel, ...]:
     table = root / "classes.csv"
     if not table.exists():
         return default_classes(num_classes)
-    classes = [label_of_row(table, row) for row in read_table(table, ("label",))]
+    try:
+        rows = read_table(table, ("label",))
+    except OSError as error:
+        raise DataError(f"{table} must be readable. Got: {error}. Check its rights.") from error
+    classes = [label_of_row(table, row) for row in rows]
     if len(classes) < num_classes:
         raise DataError(
             f"{table} must have one row for each class. Got {len(classes)} rows and the class number "

@@ -70,7 +70,7 @@ def update(
     The gradient is the mean over the batch's `config.accumulate` parts, each with batch statistics of its own. What is
     drawn for a part is a function of the seed, the step and the part's place, counted over all processes.
 
-    Raises: TrainingError for a loss that is not finite; the network is then as before.
+    Raises: TrainingError for a loss that is not finite; no parameter has changed then.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step, total_steps)
@@ -90,7 +90,8 @@ def update(
                 raise diverged(f"loss={losses[-1]} at step {state.step}")
             fabric.backward(loss / len(parts))
     if config.clip_norm:
-        fabric.clip_gradients(model, state.optimizer, max_norm=config.clip_norm)
+        # Gradients may overflow in half precision: the step is then left out, and the loss scaled lower.
+        fabric.clip_gradients(model, state.optimizer, max_norm=config.clip_norm, error_if_nonfinite=False)
     state.optimizer.step()
     if state.average is not None:
         state.average.update_parameters(state.network)

@@ -20,6 +20,7 @@ from weightnet.nn.variants import NetworkSpec
 
 EMBEDDED = Path(__file__).parent / "embedded"
 MAX_CARD_BYTES = 32 << 20
+MAX_TEXT_LENGTH = 200  # of names and labels, in characters
 MAX_NETWORK_SIZE = 1 << 20  # channels, blocks or classes: far above any network, far below what fills a memory
 
 _JSON_TYPES: dict[str, type] = {
@@ -138,9 +139,20 @@ def write_card(card: Card, path: str | os.PathLike[str]) -> None:
     """
     try:
         text = json.dumps(card.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        data = text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise UsageError(f"A card must hold only what JSON can say. Got: {error}. Leave the value out.") from error
-    write_atomically(path, text.encode("utf-8"))
+    write_atomically(path, data)
+
+
+def printable_name(text: str, *, otherwise: str = "model") -> str:
+    """Return a name as a card may have it, without what cannot be printed.
+
+    Example:
+        >>> printable_name("my\\nmodel")
+        'mymodel'
+    """
+    return "".join(filter(str.isprintable, text))[:MAX_TEXT_LENGTH] or otherwise
 
 
 def card_path(weights: str | os.PathLike[str]) -> Path:
@@ -180,8 +192,7 @@ def card_to_share(path: str | os.PathLike[str], card: Card) -> Card | None:
     there, path = card_in_place(path), Path(path)
     if there is None:
         return None
-    kinds = (path.suffix, ".json", ".bin")
-    others = [entry.name for entry in path.parent.iterdir() if entry.stem == path.stem and entry.suffix not in kinds]
+    others = sharing_card(path)
     if not others and path.exists():  # it is of an older file of this very name, which goes too
         return None
     if _without_exports(there) != _without_exports(card):
@@ -191,6 +202,12 @@ def card_to_share(path: str | os.PathLike[str], card: Card) -> Card | None:
             "Choose another name."
         )
     return there
+
+
+def sharing_card(path: Path) -> list[str]:
+    """Return the names of other files whose card lies where a file's card goes."""
+    kinds = (path.suffix, ".json", ".bin")
+    return [entry.name for entry in path.parent.iterdir() if entry.stem == path.stem and entry.suffix not in kinds]
 
 
 def _without_exports(card: Card) -> Any:
@@ -307,8 +324,10 @@ def _check_type(what: str, value: object, kind: type) -> None:
 
 def _check_text(what: str, value: object) -> None:
     # Labels and names go to terminals and web pages: no control characters from a stranger's file.
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 200:
-        raise WeightsError(f"{what} must be 1 to 200 printable characters. Got {str(value)[:80]!r}. Change it.")
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= MAX_TEXT_LENGTH:
+        raise WeightsError(
+            f"{what} must be 1 to {MAX_TEXT_LENGTH} printable characters. Got {str(value)[:80]!r}. Change it."
+        )
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:

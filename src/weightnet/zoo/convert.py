@@ -12,7 +12,17 @@ from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
 from weightnet.nn.shufflenet import outline
 from weightnet.nn.variants import NetworkSpec
-from weightnet.zoo.cards import Card, card_in_place, card_path, read_card, read_file, write_atomically, write_card
+from weightnet.zoo.cards import (
+    Card,
+    card_in_place,
+    card_path,
+    printable_name,
+    read_card,
+    read_file,
+    sharing_card,
+    write_atomically,
+    write_card,
+)
 from weightnet.zoo.describe import Pixels, choose_pixels, infer_card
 from weightnet.zoo.hub import find_weights
 from weightnet.zoo.megengine import has_old_statistics, read_megengine, to_megengine_layout, write_megengine
@@ -38,7 +48,8 @@ def convert(
     Returns: the card.
 
     Raises:
-        UsageError: the output's suffix is none of these, its folder is missing, or it is the source itself.
+        UsageError: the output's suffix is none of these, its folder is missing, it is the source itself, or its card
+            would take the place of another file's.
         WeightsError: the source cannot be read, or the output cannot be written.
 
     Example:
@@ -56,7 +67,7 @@ def convert(
     spec, card = _described(path, state, pixels)
     data = read_file(path, max_bytes=MAX_WEIGHTS_BYTES)
     sha256 = hashlib.sha256(data).hexdigest()
-    converted = {"file": path.name, "sha256": sha256, "converter": f"weightnet {__version__}"}
+    converted = {"file": printable_name(path.name), "sha256": sha256, "converter": f"weightnet {__version__}"}
     # The hash of the trained file, which its run notes, is not that of the new one.
     notes = {name: value for name, value in card.notes.items() if name != "weights_sha256"}
     if is_pickle(data) and has_old_statistics(read_megengine(data)):
@@ -67,6 +78,8 @@ def convert(
         old = notes.get(OLD_STATISTICS) is True
         write_megengine(to_megengine_layout(state, groups=_groups(spec), old_statistics=old), out)
         return card
+    if card_path(out) != card_path(path):
+        card = _shared(out, card)
     try:
         write_atomically(out, save(state))
         write_card(card, card_path(out))
@@ -93,6 +106,23 @@ def _check_output(source: Path, out: Path, pixels: Pixels) -> None:
         raise UsageError(f"The output must be another file than the source. Got out={out}. Choose another name.")
     if out.suffix not in MEGENGINE_SUFFIXES:
         card_in_place(out)  # what lies there and is no card is not overwritten
+
+
+def _shared(out: Path, card: Card) -> Card:
+    """Return the card to write, which keeps what is said of exported files that have it too.
+
+    Raises: UsageError where these would get other classes or preprocessing by it.
+    """
+    there, others = card_in_place(out), sharing_card(out)
+    if there is None or not others:
+        return card
+    if any(getattr(there, name) != getattr(card, name) for name in ("network", "classes", "preprocess", "known_from")):
+        raise UsageError(
+            f"The card's place must be free. Got out={out}, while {card_path(out).name} is the card of another model, "
+            f"{min(others)}. Choose another name."
+        )
+    exports = {name: note for name, note in there.notes.items() if name == "exports"}
+    return dataclasses.replace(card, notes={**card.notes, **exports})
 
 
 def _described(path: Path, state: State, pixels: Pixels) -> tuple[NetworkSpec, Card]:

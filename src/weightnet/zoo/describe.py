@@ -12,7 +12,7 @@ from weightnet.errors import UsageError
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 from weightnet.zoo.calibration import detect_pixels
-from weightnet.zoo.cards import Card, card_path, default_classes, read_card
+from weightnet.zoo.cards import Card, card_path, default_classes, printable_name, read_card
 from weightnet.zoo.hub import PUBLISHED, cached_path, find_weights
 from weightnet.zoo.state import check_state, read_state, spec_from_state, variant_name
 
@@ -71,11 +71,11 @@ def infer_card(
     """
     preprocess, decision = choose_pixels(state, pixels)
     return Card(
-        name=variant_name(spec) or Path(file_name).stem,
+        name=variant_name(spec) or printable_name(Path(file_name).stem),
         network=spec,
         classes=default_classes(spec.num_classes),
         preprocess=preprocess,
-        made_by={"file": file_name},
+        made_by={"file": printable_name(file_name)},
         notes={"pixels": decision},
     )
 

@@ -161,11 +161,14 @@ def fetch(
         UsageError: the address is not of http or https.
         DownloadError: the file could not be downloaded whole, is a web page, or is not the expected one.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    try:
+        path = cached_path(url) if urlsplit(url).scheme in ("http", "https") else None
+    except ValueError:  # brackets that do not close, bytes that are no text
+        path = None
+    if path is None:
         raise UsageError(
             f"A download must be from an http or https address. Got url={url!r}. Save the file and pass it."
         )
-    path = cached_path(url)
     expected = Published(url, size, sha256)
     try:
         if not path.is_file():
@@ -272,7 +275,8 @@ def _check_content(expected: Published, path: Path) -> str:
     """Return the file's SHA-256 after checking it against what is known."""
     data = read_file(path, max_bytes=MAX_DOWNLOAD_BYTES)
     sha256 = hashlib.sha256(data).hexdigest()
-    if not data or data[:64].lstrip().startswith(b"<"):
+    is_safetensors = data[8:9] == b"{"  # its length comes before, in bytes that may look like anything
+    if not data or (data[:64].lstrip().startswith(b"<") and not is_safetensors):
         raise _RefusedError("the file is a web page or empty, not weights")
     if expected.size not in (None, len(data)):
         raise _RefusedError(f"the file has {len(data)} bytes, not the expected {expected.size}")

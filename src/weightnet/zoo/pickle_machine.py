@@ -53,7 +53,7 @@ class DtypeRecord:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class ArrayRecord:
-    """What the file says about an array, not believed yet: `arrays.as_array` checks it and makes the array."""
+    """What the file says about an array, not believed yet: `megengine` checks it and makes the array."""
 
     shape: tuple[object, ...] = ()
     dtype: DtypeRecord | None = None

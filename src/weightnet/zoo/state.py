@@ -258,8 +258,9 @@ def _read_torch(data: bytes) -> dict[str, npt.NDArray[Any]]:
             f"A PyTorch file must be a whole state dict. Got: {str(error).splitlines()[:1]}. "
             "Write it again with torch.save(network.state_dict(), path)."
         ) from error
+    loaded = _plain(loaded)
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+        loaded = _plain(loaded["state_dict"])
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightsError(
             "A PyTorch file must hold tensors by name. Got other objects. "
@@ -272,7 +273,12 @@ def _read_torch(data: bytes) -> dict[str, npt.NDArray[Any]]:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             _refuse_dtype(name, tensor.dtype)
-    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.float().resolve_neg().numpy() for name, tensor in tensors.items()}
+
+
+def _plain(loaded: Any) -> Any:
+    """Return a dict without attributes of its own, which a file may put in the place of its methods."""
+    return dict(dict.items(loaded)) if isinstance(loaded, dict) else loaded
 
 
 def _check_torch_archive(data: bytes) -> None:
