@@ -2,12 +2,11 @@
 
     python scripts/set_known.py default --good data/everyday112 --unknown data/unknown
 
-GOOD has the photos of the model's classes, by class, in `train/` and `val/`; UNKNOWN has photos of none of them, as
+GOOD has the photos of the model's classes, by class, in `val/`; UNKNOWN has photos of none of them, as
 `scripts/build_unknown.py` selects them. A photo whose best class is less probable than the limit shows nothing that the
-model knows. The limit is set on a tenth of GOOD's photos for training and on one half of UNKNOWN, both chosen by a hash
-of their names: of all limits that lose at most 5% of the good photos, it is the one by which the share of unknown
-photos that it catches exceeds the share of good ones that it loses by most. The card's figures are those of the other
-half, and of GOOD's photos for validation.
+model knows. The limit is set on one half of each, chosen by a hash of the names: of all limits that lose at most 5% of
+the photos that the model names rightly, it is the one by which the share of unknown photos that it catches exceeds the
+share of these that it loses by most. The card's figures are those of the other halves.
 """
 
 import argparse
@@ -30,11 +29,9 @@ from weightnet.predict.labelled import read_labelled_photos
 from weightnet.zoo.cards import EMBEDDED, read_card, write_card
 
 MAX_LOST = 0.05
-GOOD_PARTS = 10  # one of so many photos for training is used
-UNKNOWN_PARTS = 2
 NOTE = (
     "shares called unknown: caught, of photos of none of the classes; lost, of the validation photos; lost_right, of "
-    "those that are named rightly; caught_wrong, of the others"
+    "those that are named rightly; caught_wrong, of those that are not; all of photos that the limit was not set on"
 )
 
 Probabilities = npt.NDArray[np.float64]
@@ -44,12 +41,12 @@ def choose_limit(good_N: Probabilities, unknown_M: Probabilities, *, max_lost: f
     """Return the limit to which the probability of a photo's best class is held.
 
     Args:
-        good_N: that probability for photos of the classes.
+        good_N: that probability for photos that are named rightly.
         unknown_M: the same for photos of none of them.
         max_lost: the largest share of the good ones that may lie below the limit.
 
     Example:
-        >>> choose_limit(np.array([0.5, 0.6, 0.9, 0.9]), np.array([0.1, 0.2, 0.55, 0.9]), max_lost=0.25)
+        >>> choose_limit(np.array([0.5, 0.6, 0.9, 0.9]), np.array([0.1, 0.2, 0.55, 0.56]), max_lost=0.25)
         0.6
     """
     limits = np.unique(np.concatenate([good_N, unknown_M]))
@@ -58,9 +55,9 @@ def choose_limit(good_N: Probabilities, unknown_M: Probabilities, *, max_lost: f
     return float(limits[gain.argmax()])
 
 
-def one_of(parts: int, name: str) -> bool:
-    """Return whether a name falls into the first of equal parts, by its hash."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % parts == 0
+def sets_the_limit(name: str) -> bool:
+    """Return whether a photo is of the half that the limit is set on, by the hash of its name."""
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
 def look(classifier: Classifier, paths: Sequence[str]) -> tuple[Probabilities, npt.NDArray[np.int64]]:
@@ -86,23 +83,28 @@ def set_known(card_path: Path, good: Path, unknown: Path, *, own_command: str) -
     """
     card = read_card(card_path)
     classifier = Classifier(card_path.with_suffix(".onnx"))
-    train, val = (read_labelled_photos(good / split, card.classes) for split in ("train", "val"))
-    part = [path for path in train.paths if one_of(GOOD_PARTS, "/".join(Path(path).parts[-2:]))]
+    val = read_labelled_photos(good / "val", card.classes)
     others = list(find_images([str(unknown)], report=lambda message: None))
-    half = [path for path in others if one_of(UNKNOWN_PARTS, Path(path).name)]
-    rest = sorted(set(others) - set(half))
-    if not (part and half and rest):
-        raise DataError(f"GOOD and UNKNOWN must hold dozens of photos. Got {len(train)} and {len(others)}. Add some.")
-    limit = choose_limit(look(classifier, part)[0], look(classifier, half)[0])
-    limit = math.floor(limit * 1e4) / 1e4  # down: the photo that gave it is not below it
+    sets_N = np.array([sets_the_limit("/".join(Path(path).parts[-2:])) for path in val.paths], bool)
+    sets_M = np.array([sets_the_limit(Path(path).name) for path in others], bool)
+    if not (sets_N.any() and sets_M.any() and not sets_N.all() and not sets_M.all()):
+        raise DataError(f"GOOD and UNKNOWN must hold dozens of photos. Got {len(val)} and {len(others)}. Add some.")
     sure_N, best_N = look(classifier, val.paths)
-    lost_N, right_N = sure_N < limit, best_N == val.labels
+    sure_M = look(classifier, others)[0]
+    right_N = best_N == val.labels
+    if not right_N[sets_N].any():
+        raise DataError(
+            f"The model must name photos of {good / 'val'} rightly. Got none. Train it, or name its classes."
+        )
+    limit = choose_limit(sure_N[sets_N & right_N], sure_M[sets_M])
+    limit = math.floor(limit * 1e4) / 1e4  # down: the photo that gave it is not below it
+    lost_N = sure_N < limit
     figures = {
-        "unknown_photos": len(rest),
-        "caught": float(np.mean(look(classifier, rest)[0] < limit)),
-        "lost": float(np.mean(lost_N)),
-        "lost_right": float(np.mean(lost_N[right_N])),
-        "caught_wrong": float(np.mean(lost_N[~right_N])),
+        "unknown_photos": int(np.sum(~sets_M)),
+        "caught": float(np.mean(sure_M[~sets_M] < limit)),
+        "lost": float(np.mean(lost_N[~sets_N])),
+        "lost_right": float(np.mean(lost_N[~sets_N & right_N])),
+        "caught_wrong": float(np.mean(lost_N[~sets_N & ~right_N])),
     }
     figures = {name: round(value, 4) for name, value in figures.items()}
     commands = [text for text in card.made_by.get("commands", []) if not text.startswith("python scripts/set_known.py")]
@@ -121,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description="Set from which probability on an embedded model's answer counts.")
     parser.add_argument("name", metavar="NAME", help="what the embedded model is called")
-    parser.add_argument("--good", type=Path, required=True, help="folder with train/ and val/, by class")
+    parser.add_argument("--good", type=Path, required=True, help="folder with val/, by class")
     parser.add_argument("--unknown", type=Path, required=True, help="folder of photos of none of the classes")
     parser.add_argument("--models", type=Path, default=EMBEDDED, help="folder of the model (default: in the package)")
     given = parser.parse_args(argv)
