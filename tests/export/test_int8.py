@@ -62,7 +62,7 @@ def test_int8_answers_as_the_network_does(trained, exported, photos):
     assert [row.status for row in got] == ["ok"] * 36
     pairs = list(zip(got, expected, strict=True))
     assert sum(a.top[0].index == b.top[0].index for a, b in pairs) >= 33
-    assert np.mean([abs(a.top[0].probability - b.top[0].probability) for a, b in pairs]) < 0.05
+    assert np.mean([abs(a.top[0].probability - b.top[0].probability) for a, b in pairs]) < 0.07
 
 
 def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_where_it_can(exported):
