@@ -147,9 +147,22 @@ def test_equal_gates_for_all_outputs_mix_experts_as_condconv_does() -> None:
     torch.testing.assert_close(WF.weightnet_conv2d_reference(x, a, bank), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_split_shuffled_is_the_originals_shuffle() -> None:
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_split_shuffled_is_the_originals_shuffle(layout) -> None:
     x = torch.randn(2, 6, 3, 4)
     shuffled = x.reshape(2 * 3, 2, 12).permute(1, 0, 2).reshape(2, 2, 3, 3, 4)
-    even, odd = WF.split_shuffled(x)
+    even, odd = WF.split_shuffled(x.contiguous(memory_format=layout))
     assert torch.equal(even, shuffled[0])
     assert torch.equal(odd, shuffled[1])
+    assert odd.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("of", [WF.split_shuffled, lambda x: [WF.spatial_mean(x)]])
+def test_gradients_keep_the_layout_of_maps(of, layout) -> None:
+    x = torch.randn(2, 6, 3, 4).contiguous(memory_format=layout).requires_grad_()
+    laid_out = []
+    x.register_hook(lambda grad: laid_out.append(grad.is_contiguous(memory_format=layout)))
+    parts = list(of(x))
+    torch.autograd.backward(parts, [torch.randn_like(part) for part in parts])
+    assert laid_out == [True]

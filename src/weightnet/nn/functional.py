@@ -216,8 +216,24 @@ def split_shuffled(x_BCHW: Float[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
 
     Source: megvii-model/WeightNet, `ShuffleV2Block.channel_shuffle`.
     """
+    # By `unbind`, whose gradient is a stack in the layout of the maps; that of strided slices is channels first.
+    if _is_channels_last(x_BCHW):
+        pairs_BHWC2 = torch.unflatten(x_BCHW.permute(0, 2, 3, 1), 3, (-1, 2))
+        even, odd = (half_BHWC.permute(0, 3, 1, 2) for half_BHWC in pairs_BHWC2.unbind(4))
+    else:
+        even, odd = torch.unflatten(x_BCHW, 1, (-1, 2)).unbind(2)
     # The branch reads its channels several times, forward and backward: one dense copy instead of many strided reads.
-    return x_BCHW[:, 0::2], x_BCHW[:, 1::2].clone()
+    return even, odd.clone()
+
+
+def spatial_mean(x_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C"]:
+    """Return the mean of each channel; its gradient has the memory layout of the input, unlike that of a plain mean.
+
+    Example:
+        >>> spatial_mean(torch.arange(4.0).reshape(1, 1, 2, 2)).item()
+        1.5
+    """
+    return x_BCHW.permute(0, 2, 3, 1).mean((1, 2)) if _is_channels_last(x_BCHW) else x_BCHW.mean((2, 3))
 
 
 def as_pair(value: IntPair) -> tuple[int, int]:

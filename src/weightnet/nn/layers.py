@@ -159,7 +159,7 @@ class WeightNet2d(nn.Module):
 
     def _descriptor(self, x_BCHW: Tensor, descriptor_BS: Tensor | None) -> Tensor:
         if self.reduce is not None and descriptor_BS is None:
-            return WF.linear_1x1(x_BCHW.mean((2, 3)), self.reduce.weight, self.reduce.bias)
+            return WF.linear_1x1(WF.spatial_mean(x_BCHW), self.reduce.weight, self.reduce.bias)
         if self.reduce is not None or descriptor_BS is None:
             raise UsageError(
                 "The descriptor must be passed to a WeightNet2d exactly when shared_descriptor is True. "

@@ -83,7 +83,7 @@ class WeightNetBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
         passed, x = WF.split_shuffled(x) if self.stride == 1 else (x, x)
-        descriptor = WF.linear_1x1(x.mean((2, 3)), self.reduce.weight, self.reduce.bias)
+        descriptor = WF.linear_1x1(WF.spatial_mean(x), self.reduce.weight, self.reduce.bias)
         branch = F.relu(self.bn1(self.wnet1(x, descriptor)))
         branch = self.bn2(self.wnet2(branch, descriptor))
         branch = F.relu(self.bn3(self.wnet3(branch, descriptor)))
@@ -172,7 +172,7 @@ class ShuffleNetV2(nn.Module):
 
     def forward_head(self, x: Float[Tensor, "B F h w"], *, pre_logits: bool = False) -> Tensor:
         """Return logits (B, num_classes) of a last feature map, or its pooled features (B, num_features)."""
-        pooled = x.mean((2, 3))
+        pooled = WF.spatial_mean(x)
         return pooled if pre_logits else self.classifier(self.dropout(pooled))
 
     def stage_features(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
