@@ -1,6 +1,7 @@
 """Learning from a teacher: what it says about each crop, and what a run makes of it."""
 
 import dataclasses
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_fit_with_teacher_resumed_ends_the_same(
     assert seen == ([(72, 108), (108, 108)] if moment == "the teacher looks" else [])  # views that are whole stay
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+
+
+def test_fit_resume_of_a_finished_run_needs_no_teacher(make_config: MakeConfig, taught: str) -> None:
+    config = make_config(teacher=taught, teacher_views=1, epochs=1)
+    card = fit(config)
+    shutil.rmtree(taught)
+    assert fit(config, resume=True).measured == card.measured
 
 
 def test_targets_are_the_teachers_probabilities(tmp_path: Path, make_config: MakeConfig, taught: str) -> None:

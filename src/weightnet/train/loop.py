@@ -23,7 +23,7 @@ from weightnet.train.run import RunFolder, RunState
 from weightnet.train.shards import read_photos
 from weightnet.train.step import averaged_model, draw_from, parameter_groups, update
 from weightnet.train.teacher import Student, Teacher, load_teacher, teach
-from weightnet.zoo.cards import Card, numbered_classes
+from weightnet.zoo.cards import Card, numbered_classes, read_card
 from weightnet.zoo.weights import load
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def fit(config: TrainConfig, *, resume: bool = False, report: Report = lambda pr
         data.opencv_in_one_thread(),
     ):
         begun = fabric.broadcast(run.begun)
+        if begun and fabric.broadcast(run.finished):
+            run.read_checkpoint()  # for its errors
+            return read_card(run.path / "weights.json")
         teacher = None if config.teacher is None else load_teacher(config.teacher, fabric.device)
         targets = data.Targets(run.path / "teacher")
         state, model = _start(fabric, config, train_photos.classes, teacher, begun=begun)

@@ -172,7 +172,12 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether there is a run to resume."""
-        return (self.path / "checkpoint.pt").exists()
+        return self._checkpoint.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its end: the curves are drawn last."""
+        return (self.path / "curves.png").exists()
 
     def check_free(self) -> None:
         """Raise TrainingError where there are weights, but not those of a first save that was cut off."""
@@ -200,12 +205,12 @@ class RunFolder:
         """The age of the last save."""
         return time.monotonic() - self.saved_at
 
-    def restore(self, state: RunState) -> None:
-        """Put the run's state where the checkpoint was.
+    def read_checkpoint(self) -> dict[str, Any]:
+        """Return what `save` kept of the run.
 
         Raises: TrainingError where the checkpoint is damaged; UsageError for other options or photos than it has.
         """
-        path = self.path / "checkpoint.pt"
+        path = self._checkpoint
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             options, photos = dict(saved["config"]), str(saved["photos"])
@@ -213,10 +218,18 @@ class RunFolder:
         except Exception as error:  # torch reports a damaged archive by many classes of exceptions
             raise _damaged(path, error) from error
         self._check_same(options, photos, classes)
+        return saved  # type: ignore[no-any-return]
+
+    def restore(self, state: RunState) -> None:
+        """Put the run's state where the checkpoint was.
+
+        Raises: as `read_checkpoint`.
+        """
+        saved = self.read_checkpoint()
         try:
             state.set_from_dict(saved)
         except Exception as error:
-            raise _damaged(path, error) from error
+            raise _damaged(self._checkpoint, error) from error
 
     def save(self, state: RunState) -> None:
         """Write the state, the model as it is now, its card and the log, if this process is to.
@@ -248,7 +261,7 @@ class RunFolder:
             if state.unreadable:
                 rows = [{"photo": name, "reason": state.unreadable[name]} for name in sorted(state.unreadable)]
                 write_atomically(self.path / "unreadable.csv", _table(["photo", "reason"], rows))
-            write_atomically(self.path / "checkpoint.pt", checkpoint.getvalue())
+            write_atomically(self._checkpoint, checkpoint.getvalue())
         except OSError as error:
             raise TrainingError(
                 f"The run folder must be writable. Got {self.path}: {error}. The last checkpoint is intact: "
@@ -257,19 +270,19 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def finish(self, state: RunState) -> None:
-        """Draw the curves of a run that is at its end, and remove what only a run under way needs.
+        """Remove what only a run under way needs, and draw the curves of this one, which is at its end.
 
         Raises: TrainingError where the picture cannot be written.
         """
         if not self.writes:
             return
+        self.remove_views()
         try:
             write_atomically(self.path / "curves.png", draw_curves(state.history))
         except OSError as error:
             raise TrainingError(
                 f"The run folder must be writable. Got {self.path}: {error}. The model is whole: make room, and resume."
             ) from error
-        self.remove_views()
 
     def card(self, state: RunState) -> Card:
         """Return the card of the run's model; it states figures only where this very model was measured."""
@@ -293,6 +306,10 @@ class RunFolder:
             },
             terms=config.terms,
         )
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
 
     def _check_same(self, options: dict[str, Any], photos: str, classes: tuple[ClassLabel, ...]) -> None:
         for field in dataclasses.fields(TrainConfig):
