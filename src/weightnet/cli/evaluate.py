@@ -40,6 +40,8 @@ def evaluate(
         data: A folder with one folder of photos per class, or with train/ and val/, of which val/ is taken. Folders
             are matched to the model's classes by WordNet id, then by label, or as a classes.csv says
             (columns folder, label, wnid); one that fits none is an error. Classes without a folder are fine.
+            Or a folder of tar shards, as webdataset writes them: row i of classes.csv names their class i; without it,
+            numbers are the model's own.
         engine: What runs the network: onnxruntime or openvino for a model inside the package and an .onnx file,
             openvino for .xml, executorch for .pte, mnn for .mnn, torch for .pt2 and all that is not exported; auto
             takes the first that fits.

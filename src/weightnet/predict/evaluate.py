@@ -4,6 +4,7 @@ Shape suffixes: N photos, C classes of the model, K of them that have a folder.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightnet.errors import DataError
+from weightnet.images.shard_folder import ShardFolder
 from weightnet.predict import metrics
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.labelled import LabelledPhotos
@@ -25,7 +27,7 @@ class ClassResult:
         index: of the class, among the model's.
         label: what it is called.
         wnid: its WordNet id, if it has one.
-        folders: the class folders that stand for it.
+        folders: the class folders that stand for it, or the class numbers of shards.
         images: its photos that were measured.
         top1: share of them that are right, as a fraction of 1; None without a photo.
         predicted: how many of all measured photos are taken for it, rightly or not.
@@ -46,8 +48,8 @@ class Evaluation:
 
     Args:
         card: the model's, with the preprocessing that was used.
-        root: the folder of class folders.
-        paths: the photos that were measured.
+        root: the folder of class folders, or of shards.
+        paths: the photos that were measured, as in `LabelledPhotos`.
         labels: their classes.
         logits: what the network says of each.
         unreadable: path of each photo that could not be classified, and why; they are left out of all figures.
@@ -55,6 +57,7 @@ class Evaluation:
             which the model sees none of its classes.
         classes: the classes that have a folder, by index.
         reliability: per range of confidence, how often the model is right.
+        shards: what holds the photos, where they are no files.
 
     Shape: paths and labels (N,), logits (N, C) float32, classes (K,).
     """
@@ -68,6 +71,16 @@ class Evaluation:
     figures: dict[str, float]
     classes: tuple[ClassResult, ...]
     reliability: tuple[metrics.Bin, ...]
+    shards: ShardFolder | None = None
+
+    def source(self, path: str) -> str | bytes:
+        """Return a photo as `read_image` takes it: its path, or its bytes.
+
+        Raises: ImageError where its shard cannot be read.
+        """
+        if self.shards is None:
+            return path
+        return self.shards.read(self.shards.names.index(path.removeprefix(os.path.join(self.root, ""))))
 
     def confusion(self) -> npt.NDArray[np.int64]:
         """Return how many photos of each class are taken for which.
@@ -112,7 +125,7 @@ def evaluate(
         advance: called after each photo.
 
     Raises:
-        DataError: no photo can be classified.
+        DataError: no photo can be classified, or a shard cannot be read any more.
 
     Example:
         >>> import cv2, pathlib, tempfile
@@ -128,7 +141,7 @@ def evaluate(
     logits_NC = np.empty((len(photos), len(classifier.card.classes)), np.float32)
     measured: list[int] = []
     unreadable: list[tuple[str, str]] = []
-    for index, (_, outcome) in enumerate(classifier.stream_logits(photos.paths)):
+    for index, (_, outcome) in enumerate(classifier.stream_logits(photos.sources())):
         if isinstance(outcome, str):
             unreadable.append((photos.paths[index], outcome))
         else:
@@ -154,6 +167,7 @@ def evaluate(
         figures=figures,
         classes=_class_results(classifier.card, photos, labels_N, logits_NC.argmax(1)),
         reliability=tuple(metrics.reliability(probabilities_NC, labels_N)),
+        shards=photos.shards,
     )
 
 

@@ -1,5 +1,7 @@
 """Labelled photos: a folder with one folder of photos per class, matched to a model's classes by name, never by order.
 
+Or a folder of tar shards: row i of `classes.csv` names their class i; without it numbers are the model's own.
+
 A class folder is matched by the first of these that fits:
 
 1. WordNet id: the folder's name is one (`n02084071`) or begins with one (`n02085620-Chihuahua`).
@@ -16,13 +18,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from weightnet.errors import DataError, nearest
+from weightnet.errors import DataError, ImageError, nearest
 from weightnet.images.labels import ClassLabel, imagenet_classes, read_class_table
+from weightnet.images.shard_folder import ShardFolder, read_shard_folder, shards_of
 from weightnet.predict.inputs import find_images
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -36,10 +39,11 @@ class LabelledPhotos:
     """Photos and the classes that they show.
 
     Args:
-        root: the folder that holds the class folders.
-        paths: where each photo lies, by class folder.
+        root: the folder that holds the class folders, or the shards.
+        paths: where each photo lies, by class folder; of shards "SHARD.tar/MEMBER", in their order.
         labels: the class of each, as its index among the model's.
-        folders: name of each class folder, and its class index.
+        folders: name of each class folder, or number of each class of the shards, and its class index.
+        shards: what holds the photos, where they are no files.
 
     Shape: N photos: paths and labels (N,).
     """
@@ -48,24 +52,48 @@ class LabelledPhotos:
     paths: tuple[str, ...]
     labels: npt.NDArray[np.int64]
     folders: Mapping[str, int]
+    shards: ShardFolder | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def source(self, index: int) -> str | bytes:
+        """Return a photo as `read_image` takes it: its path, or its bytes.
+
+        Raises: ImageError where its shard cannot be read.
+        """
+        return self.paths[index] if self.shards is None else self.shards.read(index)
+
+    def sources(self) -> Iterator[str | bytes]:
+        """Yield all photos, as `source` gives them.
+
+        Raises: DataError where a shard cannot be read.
+        """
+        for index, path in enumerate(self.paths):
+            try:
+                yield self.source(index)
+            except ImageError as error:
+                raise DataError(
+                    f"Photos must stay where they are while they are measured. Got {path}: {error}"
+                ) from error
+
 
 def read_labelled_photos(data: str | os.PathLike[str], classes: Sequence[ClassLabel]) -> LabelledPhotos:
-    """Return the photos of a folder that holds one folder per class; only names are read.
+    """Return the photos of a folder that holds one folder per class, or tar shards; only names and headers are read.
 
     A class folder stands for all photos in it and its subfolders, as in `weightnet predict`; names that begin with a
-    dot are passed over, links are followed. Classes without a folder are fine.
+    dot are passed over, links are followed. Classes without a folder are fine. Shards are as `weightnet train` takes
+    them; a folder that holds class folders too is not of shards.
 
     Args:
-        data: the folder of class folders, or a data folder with `train/` and `val/`, which stands for its `val/`.
-            `classes.csv` is looked for in it, and for a folder that is called like a split (`val`) beside it too.
+        data: the folder of class folders or shards, or a data folder with `train/` and `val/`, which stands for its
+            `val/`. `classes.csv` is looked for in it, and for a folder that is called like a split (`val`) beside it
+            too.
         classes: the model's.
 
     Raises:
-        DataError: there are no class folders, one fits no class or holds no photo, or `classes.csv` is no such table.
+        DataError: there are neither, a folder or class number fits no class, a folder holds no photo, a shard is
+            damaged or has a photo without a class number, or `classes.csv` is no such table.
 
     Example:
         >>> import pathlib, tempfile
@@ -79,13 +107,15 @@ def read_labelled_photos(data: str | os.PathLike[str], classes: Sequence[ClassLa
     try:
         root, table = _locate(os.fspath(data))
         names = _subfolders(root)
+        if not names and shards_of(root):
+            return _read_shards(root, table, classes)
         rows = _read_table(table) if table else {}
     except OSError as error:
         raise DataError(f"A data folder must be readable. Got: {error}. Check the path and its rights.") from error
     if not names:
         raise DataError(
-            f"A data folder must hold one folder of photos per class. Got none in {root}. "
-            "Put the photos of each class into a folder that is named by its label or WordNet id; unpack shards."
+            f"A data folder must hold one folder of photos per class, or tar shards. Got none in {root}. "
+            "Put the photos of each class into a folder that is named by its label or WordNet id."
         )
     folders = _matched(root, names, rows, _Matcher(classes))
     paths: list[str] = []
@@ -96,6 +126,37 @@ def read_labelled_photos(data: str | os.PathLike[str], classes: Sequence[ClassLa
         counts.append(len(found))
     labels = np.repeat(np.array(list(folders.values()), np.int64), counts)
     return LabelledPhotos(root, tuple(paths), labels, folders)
+
+
+def _read_shards(root: str, table: str | None, classes: Sequence[ClassLabel]) -> LabelledPhotos:
+    shards = read_shard_folder(root)
+    numbers = np.unique(shards.labels).tolist()
+    known = len(read_class_table(table)[1]) if table else len(classes)
+    if numbers[-1] >= known:
+        place = f"the {known} rows of {table}" if table else f"the model's {known} classes, without {TABLE}"
+        raise DataError(
+            f"A class number of the shards must be one of {place}, counted from 0. Got {numbers[-1]} in {root}. "
+            f"Mend the shards' labels, or name their classes in {TABLE} (label or wnid, a row for each)."
+        )
+    folders = _numbered(root, numbers, table, classes) if table else {str(number): number for number in numbers}
+    index_of = np.zeros(numbers[-1] + 1, np.int64)
+    index_of[numbers] = list(folders.values())
+    paths = tuple(os.path.join(root, name) for name in shards.names)
+    return LabelledPhotos(root, paths, index_of[shards.labels], folders, shards)
+
+
+def _numbered(root: str, numbers: list[int], table: str, classes: Sequence[ClassLabel]) -> dict[str, int]:
+    """Return the model's class of each class number, by the table's rows."""
+    columns, rows = read_class_table(table)
+    if not {"label", "wnid"} & set(columns):
+        raise DataError(
+            f"{table} must have the column label (or wnid), and a row for each class. Got columns={columns[:5]}. "
+            "Name them in its first line."
+        )
+    entries = {
+        str(number): ClassLabel(rows[number].get("label") or "", rows[number].get("wnid") or None) for number in numbers
+    }
+    return _matched(root, entries, entries, _Matcher(classes), numbered=True)
 
 
 def _locate(data: str) -> tuple[str, str | None]:
@@ -182,7 +243,10 @@ def _key(label: str) -> str:
     return _SEPARATORS.sub(" ", unicodedata.normalize("NFKC", label).casefold()).strip()
 
 
-def _matched(root: str, names: Iterable[str], rows: Mapping[str, ClassLabel], matcher: _Matcher) -> dict[str, int]:
+def _matched(
+    root: str, names: Iterable[str], rows: Mapping[str, ClassLabel], matcher: _Matcher, *, numbered: bool = False
+) -> dict[str, int]:
+    """Return the class of each class folder, or of each class number of shards."""
     folders: dict[str, int] = {}
     wrong: list[str] = []
     for name in names:
@@ -196,6 +260,11 @@ def _matched(root: str, names: Iterable[str], rows: Mapping[str, ClassLabel], ma
     hints = [(name, matcher.hint(name, rows.get(name))) for name in wrong[:3]]
     got = ", ".join(f"{name!r}{f' ({hint})' if hint else ''}" for name, hint in hints)
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    if numbered:
+        raise DataError(
+            f"Every class number of the shards must stand for one class of the model, by its row in {TABLE}. "
+            f"Got {got}{more} in {root}. Mend that table, or leave such photos out."
+        )
     raise DataError(
         "Every class folder must be called like one class of the model, by its WordNet id or its label. "
         f"Got {got}{more} in {root}. Rename or move such folders, or say what they are in {TABLE} (folder,label)."

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from weightnet import __version__
 from weightnet.errors import ImageError
 from weightnet.images.decode import read_image
-from weightnet.images.transforms import Preprocess
 from weightnet.predict.evaluate import ClassResult, Evaluation
 from weightnet.predict.metrics import softmax
 from weightnet.predict.report_charts import confusion_heat_map, confusion_table, escaped, reliability_diagram
@@ -133,17 +132,17 @@ def _wrong_photos(evaluation: Evaluation, result: ClassResult) -> Iterator[str]:
         sure, own = probabilities_NC[row, predicted_N[row]], probabilities_NC[row, result.index]
         name = escaped(os.path.relpath(path, evaluation.root))
         yield (
-            f"<figure>{_thumbnail(path, evaluation.card.preprocess)}<figcaption>{escaped(said)} {sure:.0%}, "
+            f"<figure>{_thumbnail(evaluation, path)}<figcaption>{escaped(said)} {sure:.0%}, "
             f"{escaped(result.label)} {own:.0%}<br>{name}</figcaption></figure>"
         )
 
 
-def _thumbnail(path: str, preprocess: Preprocess) -> str:
+def _thumbnail(evaluation: Evaluation, path: str) -> str:
     """Return what the network saw of a photo, as a picture inside the page."""
     import cv2
 
     try:
-        crop_HW3 = preprocess.crop_uint8(read_image(path))
+        crop_HW3 = evaluation.card.preprocess.crop_uint8(read_image(evaluation.source(path)))
     except ImageError:  # moved or changed since it was measured
         return '<span class="missing"></span>'
     small = cv2.resize(crop_HW3, (_THUMBNAIL_PX, _THUMBNAIL_PX), interpolation=cv2.INTER_AREA)

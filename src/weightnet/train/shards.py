@@ -6,42 +6,27 @@ workers and processes.
 """
 
 import dataclasses
-import os
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from weightnet.errors import DataError
 from weightnet.images.labels import ClassLabel
-from weightnet.images.shards import ShardIndex, index_shard, read_member
+from weightnet.images.shard_folder import ShardFolder, read_shard_folder, shards_of
 from weightnet.train.folders import PhotoFolder, check_labels, label_of_row, read_folders, read_table
 from weightnet.zoo.cards import default_classes
-
-MAX_CLASSES = 10**6  # a stray number must not fill the memory with names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PhotoShards(PhotoFolder):
-    """The photos of one split, in shards; `files` are "shard.tar/member name", in the order of shards and members.
+    """The photos of one split, in shards; `files` are their names there."""
 
-    Args:
-        shards: the shards' paths, sorted.
-        places: of each photo the number of its shard, where it begins and how many bytes it has.
-
-    Shape: places (photos, 3) int64.
-    """
-
-    shards: tuple[str, ...]
-    places: npt.NDArray[np.int64]
+    shards: ShardFolder
 
     def source(self, index: int) -> bytes:
         """Return a photo as `read_image` takes it: its bytes.
 
         Raises: ImageError where its shard cannot be read.
         """
-        shard, offset, size = self.places[index].tolist()
-        return read_member(self.shards[shard], offset, size)
+        return self.shards.read(index)
 
 
 def read_photos(root: str | Path) -> tuple[PhotoFolder, PhotoFolder]:
@@ -49,7 +34,7 @@ def read_photos(root: str | Path) -> tuple[PhotoFolder, PhotoFolder]:
 
     Raises: DataError as `read_folders` and `read_shards`.
     """
-    return read_shards(root) if _shards_of(Path(root) / "train") else read_folders(root)
+    return read_shards(root) if shards_of(Path(root) / "train") else read_folders(root)
 
 
 def read_shards(root: str | Path) -> tuple[PhotoShards, PhotoShards]:
@@ -69,8 +54,8 @@ def read_shards(root: str | Path) -> tuple[PhotoShards, PhotoShards]:
     Source: the webdataset format, github.com/webdataset/webdataset.
     """
     root = Path(root)
-    splits = {split: _index_split(root / split) for split in ("train", "val")}
-    train_labels = _labels(*splits["train"])
+    splits = [read_shard_folder(root / split) for split in ("train", "val")]
+    train_labels = splits[0].labels
     classes = _classes(root, int(train_labels.max()) + 1)
     empty = sorted(set(range(len(classes))) - set(train_labels.tolist()))
     if len(classes) < 2 or empty:
@@ -78,41 +63,13 @@ def read_shards(root: str | Path) -> tuple[PhotoShards, PhotoShards]:
             "Shards must hold training photos of at least two classes, and of each one. "
             f"Got {len(classes)} classes, without photos: {empty[:5]}. Add some, or mend classes.csv."
         )
-    train, val = (_photos(root / split, *splits[split], classes) for split in ("train", "val"))
+    train, val = (PhotoShards(shards.root, shards.names, shards.labels, classes, shards) for shards in splits)
     if val.labels.max() >= len(classes):
         raise DataError(
             f"A validation photo's class must be one of the {len(classes)} in training, counted from 0. "
             f"Got {val.labels.max()} in {val.root}. Mend the shards' labels."
         )
     return train, val
-
-
-def _shards_of(split: Path) -> list[Path]:
-    return sorted(path for path in split.glob("*.tar") if not path.name.startswith("."))
-
-
-def _index_split(split: Path) -> tuple[list[Path], list[ShardIndex]]:
-    shards = _shards_of(split)
-    indices = [index_shard(path) for path in shards]
-    if not sum(map(len, indices)):
-        raise DataError(f"{split} must hold tar shards with photos. Got {len(shards)} shards without any. Add some.")
-    return shards, indices
-
-
-def _labels(shards: list[Path], indices: list[ShardIndex]) -> npt.NDArray[np.int64]:
-    for path, index in zip(shards, indices, strict=True):
-        labels = np.full(len(index), -1) if index.labels is None else index.labels
-        if (labels < 0).any():
-            name = index.names[int(np.argmax(labels < 0))]
-            raise DataError(
-                "Every photo of a shard must have its class number beside it, as KEY.cls. "
-                f"Got {name} in {path} without one. Add it, or leave the photo out."
-            )
-        if (labels > MAX_CLASSES).any():
-            raise DataError(
-                f"A class number must be at most {MAX_CLASSES}. Got {labels.max()} in {path}. Number classes from 0."
-            )
-    return np.concatenate([index.labels for index in indices if index.labels is not None])
 
 
 def _classes(root: Path, num_classes: int) -> tuple[ClassLabel, ...]:
@@ -131,12 +88,3 @@ def _classes(root: Path, num_classes: int) -> tuple[ClassLabel, ...]:
         )
     check_labels(root, classes)
     return tuple(classes)
-
-
-def _photos(split: Path, shards: list[Path], indices: list[ShardIndex], classes: tuple[ClassLabel, ...]) -> PhotoShards:
-    files = tuple(f"{path.name}/{name}" for path, index in zip(shards, indices, strict=True) for name in index.names)
-    numbers = np.repeat(np.arange(len(shards)), [len(index) for index in indices])
-    offsets, sizes = (np.concatenate([getattr(index, name) for index in indices]) for name in ("offsets", "sizes"))
-    places = np.stack([numbers, offsets, sizes], axis=1)
-    paths = tuple(map(os.fspath, shards))
-    return PhotoShards(os.fspath(split), files, _labels(shards, indices), classes, paths, places)
