@@ -53,6 +53,17 @@ def test_build_joins_classes_and_leaves_out_imagenette(
     assert capsys.readouterr().out == "train: {} photos, val: {} photos\n".format(*by_split)
 
 
+def test_build_adds_kinds_of_the_classes_to_train_alone(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        Path(f"mini/train/n02219486/more{number}.jpg").write_text(str(number))
+    Path("mini/train/n02114548").mkdir()
+    Path("mini/train/n02114548/wolf.jpg").write_text("wolf")
+    run([*options, "--kinds", "2"], monkeypatch)
+    kept = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
+    added = {"train/ant/0_3.jpg", "train/ant/0_more0.jpg", "train/cat/0_5.jpg"}
+    assert kept == {"classes.csv", "train/cat/1.jpg", "val/ant/2.jpg"} | added
+
+
 def test_build_puts_two_of_a_hundred_aside(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1000):
         Path(f"mini/train/n02219486/more{number}.jpg").write_text(str(number))
