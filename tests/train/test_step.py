@@ -91,8 +91,8 @@ def test_mix_of_classes_is_the_mix_of_losses(make_config: MakeConfig) -> None:
     config = make_config(label_smoothing=0.1)
     logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
     soft = mix(nn.functional.one_hot(labels, 3).double(), 0.3)
-    want = 0.3 * loss_of(logits, labels, None, config) + 0.7 * loss_of(logits, labels.flip(0), None, config)
-    assert loss_of(logits, soft, None, config).item() == pytest.approx(want.item())
+    one, other = (loss_of(logits, each, None, config)[0].item() for each in (labels, labels.flip(0)))
+    assert loss_of(logits, soft, None, config)[0].item() == pytest.approx(0.3 * one + 0.7 * other)
 
 
 def test_update_mixes_photos_and_classes_alike(

@@ -43,7 +43,8 @@ class Progress:
         step: steps done, of `total_steps`.
         total_steps: steps of the whole run.
         epoch: epochs begun.
-        loss: of the last step's photos, or after an evaluation the mean since the last one; in nats.
+        loss: of the last step's photos against their labels, or after an evaluation the mean since the last one; in
+            nats.
         photos_per_s: of the last step, loading included; 0 after an evaluation.
         unreadable: different photos so far that could not be read.
         measured: of the validation photos, after an evaluation; None after a step.

@@ -59,7 +59,7 @@ class RunState:
         precision: Fabric's precision, which has a state where it scales the loss.
         preprocess: from a decoded photo to the network's input, outside training.
         step: steps done.
-        loss_sum: losses of the photos since the last evaluation, added up.
+        loss_sum: losses against the labels of the photos since the last evaluation, added up.
         loss_photos: how many these were.
         skipped: steps without an update since the last one with one, because their photos could not be read.
         unreadable: photos that could not be read, and why.

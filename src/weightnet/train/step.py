@@ -65,7 +65,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 def update(
     fabric: "Fabric", model: nn.Module, state: RunState, batch: Batch, config: TrainConfig, total_steps: int
 ) -> float:
-    """Do one step on a batch of at least two photos, and return its loss.
+    """Do one step on a batch of at least two photos, and return its loss against the labels.
 
     The gradient is the mean over the batch's `config.accumulate` parts, each with batch statistics of its own. What is
     drawn for a part is a function of the seed, the step and the part's place, counted over all processes.
@@ -84,10 +84,10 @@ def update(
     for number, part in enumerate(parts):
         with fabric.no_backward_sync(model, enabled=number + 1 < len(parts)):  # type: ignore[arg-type]
             place = fabric.global_rank * config.accumulate + number
-            loss = _part_loss(fabric, model, state, _rows(batch, part), config, place)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise diverged(f"loss={losses[-1]} at step {state.step}")
+            loss, own = _part_loss(fabric, model, state, _rows(batch, part), config, place)
+            if not math.isfinite(loss.item()):
+                raise diverged(f"loss={loss.item()} at step {state.step}")
+            losses.append(own.item())
             fabric.backward(loss / len(parts))
     if config.clip_norm:
         # Gradients may overflow in half precision: the step is then left out, and the loss scaled lower.
@@ -108,7 +108,7 @@ def draw_from(fabric: "Fabric", *key: int) -> None:
 
 def _part_loss(
     fabric: "Fabric", model: nn.Module, state: RunState, part: Batch, config: TrainConfig, place: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     draw_from(fabric, config.seed, 1, state.step, place)  # dropout
     x = network_input(part.photos.to(fabric.device), state.preprocess)
     labels, targets = part.labels.to(fabric.device), None
@@ -136,8 +136,8 @@ def mix(rows: Tensor, share: float) -> Tensor:
     return share * rows + (1 - share) * rows.flip(0)
 
 
-def loss_of(outputs: Any, labels: Tensor, targets: Tensor | None, config: TrainConfig) -> Tensor:
-    """Return the loss of a batch: against its labels and, where a teacher has given targets, against these too.
+def loss_of(outputs: Any, labels: Tensor, targets: Tensor | None, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch, and its part against the labels: less than all where a teacher has given targets.
 
     Args:
         outputs: logits (B, K); with targets two of them, the second of the teacher's classes.
@@ -145,10 +145,11 @@ def loss_of(outputs: Any, labels: Tensor, targets: Tensor | None, config: TrainC
         targets: the teacher's probabilities (B, its classes), or None.
     """
     if targets is None:
-        return F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing)
+        own = F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing)
+        return own, own
     logits, teacher_logits = outputs
     own = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    return own + config.teacher_weight * F.cross_entropy(teacher_logits, targets)
+    return own + config.teacher_weight * F.cross_entropy(teacher_logits, targets), own
 
 
 def _rows(batch: Batch, rows: Any) -> Batch:
