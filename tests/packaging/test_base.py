@@ -76,7 +76,7 @@ def test_base_has_what_needs_no_network_in_python() -> None:
         "size = weightnet.transforms.Resize(256).output_size\n"
         "print(top.label, size, weightnet.preprocess_for('default').crop, weightnet.NetworkSpec((48, 96, 192)).G)"
     )
-    assert (done.stdout, done.stderr) == ("cat 256 144 0\n", "")
+    assert (done.stdout, done.stderr) == ("cat 256 176 0\n", "")
 
 
 @pytest.mark.parametrize(
