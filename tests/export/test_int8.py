@@ -44,7 +44,7 @@ def photos(tmp_path_factory):
 def trained():
     """The embedded network, for smaller photos."""
     network = load("default", pretrained=True).eval()
-    preprocess = dataclasses.replace(network.card.preprocess, resize=96, crop=96)
+    preprocess = dataclasses.replace(network.card.preprocess, resize=128, crop=128)
     network.card = dataclasses.replace(network.card, preprocess=preprocess)
     return network
 
@@ -62,7 +62,7 @@ def test_int8_answers_as_the_network_does(trained, exported, photos):
     assert [row.status for row in got] == ["ok"] * 36
     pairs = list(zip(got, expected, strict=True))
     assert sum(a.top[0].index == b.top[0].index for a, b in pairs) >= 33
-    assert np.mean([abs(a.top[0].probability - b.top[0].probability) for a, b in pairs]) < 0.07
+    assert np.mean([abs(a.top[0].probability - b.top[0].probability) for a, b in pairs]) < 0.05
 
 
 def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_where_it_can(exported):

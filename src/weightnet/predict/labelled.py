@@ -57,21 +57,14 @@ class LabelledPhotos:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def source(self, index: int) -> str | bytes:
-        """Return a photo as `read_image` takes it: its path, or its bytes.
-
-        Raises: ImageError where its shard cannot be read.
-        """
-        return self.paths[index] if self.shards is None else self.shards.read(index)
-
     def sources(self) -> Iterator[str | bytes]:
-        """Yield all photos, as `source` gives them.
+        """Yield all photos as `read_image` takes them: their paths, or their bytes.
 
         Raises: DataError where a shard cannot be read.
         """
         for index, path in enumerate(self.paths):
             try:
-                yield self.source(index)
+                yield path if self.shards is None else self.shards.read(index)
             except ImageError as error:
                 raise DataError(
                     f"Photos must stay where they are while they are measured. Got {path}: {error}"
@@ -131,32 +124,32 @@ def read_labelled_photos(data: str | os.PathLike[str], classes: Sequence[ClassLa
 def _read_shards(root: str, table: str | None, classes: Sequence[ClassLabel]) -> LabelledPhotos:
     shards = read_shard_folder(root)
     numbers = np.unique(shards.labels).tolist()
-    known = len(read_class_table(table)[1]) if table else len(classes)
-    if numbers[-1] >= known:
-        place = f"the {known} rows of {table}" if table else f"the model's {known} classes, without {TABLE}"
+    names = classes if table is None else _read_numbered_table(table)
+    if numbers[-1] >= len(names):
+        place = f"the {len(names)} rows of {table}" if table else f"the model's {len(names)} classes, without {TABLE}"
         raise DataError(
             f"A class number of the shards must be one of {place}, counted from 0. Got {numbers[-1]} in {root}. "
             f"Mend the shards' labels, or name their classes in {TABLE} (label or wnid, a row for each)."
         )
-    folders = _numbered(root, numbers, table, classes) if table else {str(number): number for number in numbers}
+    folders = {str(number): number for number in numbers}
+    if table:
+        rows = {str(number): names[number] for number in numbers}
+        folders = _matched(root, rows, rows, _Matcher(classes), numbered=True)
     index_of = np.zeros(numbers[-1] + 1, np.int64)
     index_of[numbers] = list(folders.values())
     paths = tuple(os.path.join(root, name) for name in shards.names)
     return LabelledPhotos(root, paths, index_of[shards.labels], folders, shards)
 
 
-def _numbered(root: str, numbers: list[int], table: str, classes: Sequence[ClassLabel]) -> dict[str, int]:
-    """Return the model's class of each class number, by the table's rows."""
+def _read_numbered_table(table: str) -> list[ClassLabel]:
+    """Return what classes.csv says of each class number of shards."""
     columns, rows = read_class_table(table)
     if not {"label", "wnid"} & set(columns):
         raise DataError(
             f"{table} must have the column label (or wnid), and a row for each class. Got columns={columns[:5]}. "
             "Name them in its first line."
         )
-    entries = {
-        str(number): ClassLabel(rows[number].get("label") or "", rows[number].get("wnid") or None) for number in numbers
-    }
-    return _matched(root, entries, entries, _Matcher(classes), numbered=True)
+    return [ClassLabel(row.get("label") or "", row.get("wnid") or None) for row in rows]
 
 
 def _locate(data: str) -> tuple[str, str | None]:
