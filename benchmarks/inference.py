@@ -4,12 +4,12 @@
     python benchmarks/inference.py --table benchmarks/results/inference.json
 
 Twelve networks at 224 px, batches of 1, 8 and 32, on one processor core and on two (each in a process that is held to
-so many), with new weights and batch norms calibrated on noise. Engines: PyTorch with a kernel for each sample, which is
-what ports do (`per-sample`), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the file exported
-for each; OpenVINO in bfloat16 likewise, where the processor has it. Within one batch size all take turns: a pause in
-which the threads of the engine before go to sleep, a run that wakes its own, and the run that counts. Figures
-are medians and quartiles over the rounds, in milliseconds a batch, and ratios are of the medians of one process. The
-peak is that of a matrix product of 1,024 x 1,024; OpenVINO's float32 is held against it.
+so many), with new weights and batch norms calibrated on noise. Engines: PyTorch with a kernel for each sample, as ports
+write it (`per-sample`, benchmarks/port.py), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the
+file exported for each; OpenVINO in bfloat16 likewise, where the processor has it. Within one batch size all take turns:
+a pause in which the threads of the engine before go to sleep, a run that wakes its own, and the run that counts.
+Figures are medians and quartiles over the rounds, in milliseconds a batch, and ratios are of the medians of one
+process. The peak is that of a matrix product of 1,024 x 1,024; OpenVINO's float32 is held against it.
 """
 
 import argparse
@@ -100,8 +100,9 @@ def prepared(engine: str, name: str, folder: Path, batch: int) -> Run | None:
 
 
 def prepared_in_torch(engine: str, name: str, x_BCHW: Any) -> Run | None:
-    """The same in PyTorch: the per-sample form on the layout in which it is fastest, the folded network on its own."""
+    """The same in PyTorch: channels first as ports have it, channels last for the folded network."""
     import torch
+    from port import Port
 
     import weightnet
 
@@ -109,7 +110,9 @@ def prepared_in_torch(engine: str, name: str, x_BCHW: Any) -> Run | None:
         return None
     network, layout = network_of(name), torch.contiguous_format
     if engine == "per-sample":
-        weightnet.set_form(network, "reference")
+        port = Port(network.spec)
+        port.load_state_dict(network.state_dict())
+        network = port.eval()
     else:
         network, layout = weightnet.fold(network), torch.channels_last
     network, photos = network.to(memory_format=layout), torch.from_numpy(x_BCHW).contiguous(memory_format=layout)

@@ -4,10 +4,12 @@
     python benchmarks/train_step.py --table benchmarks/results/train_step.json
 
 One step is forward, loss, backward and an update by stochastic gradient descent, float32, on random photos in memory,
-channels last; the per-sample form runs channels first besides, as ports have it. Freed memory is kept, as `weightnet
-train` keeps it. The forms take turns, a step each, so that whatever else the machine does meets all of them alike;
-figures are medians over the rounds. Before that the gradients of all forms are compared in float64, each form runs
-two steps in a process of its own, for its peak memory, and `auto` runs in processes that keep freed memory or do not.
+channels last. The per-sample form runs twice: as ports to PyTorch write it (benchmarks/port.py, channels first), and as
+this package does (`reference`), whose kernels come from products instead of grouped convolutions. Freed memory is kept,
+as `weightnet train` keeps it. The forms take turns, a step each, so that whatever else the machine does meets all of
+them alike; figures are medians over the rounds. Before that the gradients of all forms are compared in float64, each
+form runs two steps in a process of its own, for its peak memory, and `auto` runs in processes that keep freed memory or
+do not.
 """
 
 import argparse
@@ -25,30 +27,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from inference import show
+from port import Port
 
 import weightnet
 from weightnet.train.memory import keep_freed_memory
 
-PLAIN, FORMS = "plain", ("reference", "feature", "matmul", "auto")
-AS_PORTED = "reference, channels first"
-ROWS = (PLAIN, AS_PORTED, *FORMS)
+PLAIN, PORT, FORMS = "plain", "port", ("reference", "feature", "matmul", "auto")
+ROWS = (PLAIN, PORT, *FORMS)
 SETTINGS = ((64, 128), (224, 32))  # pixels, photos
 CLASSES = 100
 PROCESSES = 3  # for each way to treat freed memory
 
 
 def network_of(form: str) -> Any:
-    """Return the 0.5x network: plain, or WeightNet 1x that computes in a form."""
+    """Return the 0.5x network: plain, or WeightNet 1x that computes in a form or as ports do, with the same weights."""
     torch.manual_seed(0)
-    network = weightnet.load("shufflenet_v2_x0_5.plain" if form == PLAIN else "shufflenet_v2_x0_5", num_classes=CLASSES)
-    if form != PLAIN:
-        weightnet.set_form(network, "reference" if form == AS_PORTED else form)  # type: ignore[arg-type]
+    network: Any = weightnet.load(
+        "shufflenet_v2_x0_5.plain" if form == PLAIN else "shufflenet_v2_x0_5", num_classes=CLASSES
+    )
+    if form == PORT:
+        port = Port(network.spec)
+        port.load_state_dict(network.state_dict())
+        network = port
+    elif form != PLAIN:
+        weightnet.set_form(network, form)
     return network.to(memory_format=layout_of(form)).train()  # type: ignore[call-overload]
 
 
 def layout_of(form: str) -> torch.memory_format:
     """Return the memory layout in which a row computes."""
-    return torch.contiguous_format if form == AS_PORTED else torch.channels_last
+    return torch.contiguous_format if form == PORT else torch.channels_last
 
 
 def step_of(form: str, size: int, batch: int) -> Callable[[], None]:
@@ -67,15 +75,15 @@ def step_of(form: str, size: int, batch: int) -> Callable[[], None]:
 
 
 def largest_gradient_difference() -> float:
-    """Return by how much the forms' gradients differ from the reference's, relative to its largest, in float64."""
+    """Return by how much the forms' gradients differ from the port's, relative to its largest, in float64."""
     x, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
     x = x.to(memory_format=torch.channels_last)
     gradients = {}
-    for form in FORMS:
+    for form in (PORT, *FORMS):
         network = network_of(form).double()
         F.cross_entropy(network(x), labels).backward()  # type: ignore[no-untyped-call]
-        gradients[form] = torch.cat([p.grad.flatten() for p in network.parameters()])
-    reference = gradients["reference"]
+        gradients[form] = torch.cat([p.grad.flatten() for _, p in sorted(network.named_parameters())])
+    reference = gradients[PORT]
     return max(((gradients[form] - reference).abs().max() / reference.abs().max()).item() for form in FORMS)
 
 
@@ -129,6 +137,7 @@ def measure(size: int, batch: int, rounds: int, memory_mb: dict[str, float]) -> 
             "photos_per_s": round(batch / statistics.median(times), 1),
             "step_ms": round(1000 * statistics.median(times), 1),
             "step_ms_iqr": round(1000 * (quarters[2] - quarters[0]), 1),
+            "times_port": round(statistics.median(seconds[PORT]) / statistics.median(times), 2),
             "times_reference": round(statistics.median(seconds["reference"]) / statistics.median(times), 2),
             "times_plain": round(statistics.median(seconds[PLAIN]) / statistics.median(times), 2),
             "peak_memory_mb": round(memory_mb[form]),
@@ -138,12 +147,14 @@ def measure(size: int, batch: int, rounds: int, memory_mb: dict[str, float]) -> 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """Return the figures as a table in Markdown, by title."""
-    lines = ["| setting | form | photos/s | step, ms (IQR) | x per-sample form | x plain network | peak memory, MB |"]
-    lines.append("|---" * 7 + "|")
+    columns = (
+        "| setting | form | photos/s | step, ms (IQR) | x port | x reference | x plain network | peak memory, MB |"
+    )
+    lines = [columns, "|---" * 8 + "|"]
     for setting, rows in report["rows"].items():
         for form, row in rows.items():
             time_of = f"{row['step_ms']} ({row['step_ms_iqr']})"
-            ratios = f"{row['times_reference']} | {row['times_plain']}"
+            ratios = f"{row['times_port']} | {row['times_reference']} | {row['times_plain']}"
             lines.append(
                 f"| {setting} | {form} | {row['photos_per_s']:,.0f} | {time_of} | {ratios} | {row['peak_memory_mb']} |"
             )

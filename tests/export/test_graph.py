@@ -13,7 +13,7 @@ from weightnet.export.graph import build_graph
 from weightnet.nn.fold import fold
 from weightnet.predict.interface import OUTPUTS
 
-NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block")
+NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block", "r6 one block")
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -43,8 +43,8 @@ def test_graph_for_static_weights_has_neither_reshapes_nor_products_of_kernels(s
 
 
 @pytest.mark.parametrize("name", ["r2 four blocks", "r3 one block"])
-def test_graph_with_channels_last_turns_maps_only_where_convolutions_meet_products(small, name):
-    graph = build_graph(fold(small(name)), ["logits"], channels_last=True).graph
+def test_graph_for_openvino_turns_maps_only_where_convolutions_meet_products(small, name):
+    graph = build_graph(fold(small(name)), ["logits"], openvino=True).graph
     kinds = Counter(node.op_type for node in graph.node)
     stages, blocks = 3, sum(small(name).spec.stage_repeats)
     turned = [node for node in graph.node if node.op_type == "Transpose" and len(node.attribute[0].ints) == 4]
@@ -54,13 +54,36 @@ def test_graph_with_channels_last_turns_maps_only_where_convolutions_meet_produc
     assert len(turned) == 2 * blocks + 2 * stages + 1
 
 
+def test_graph_for_openvino_mixes_the_kernels_of_depthwise_layers_that_have_many(small):
+    model = build_graph(fold(small("r6 one block")), ["logits"], openvino=True)
+    depthwise = [node for node in model.graph.node if node.op_type == "Conv" and ".depthwise." in node.name]
+    others = [node.name for node in model.graph.node if node.op_type == "Conv" and node not in depthwise]
+    # Only that which takes the stem's map, laid out for convolutions, stays six of them.
+    assert len(depthwise) == 6
+    assert all(node.name.startswith("stages.0.blocks.0.") for node in depthwise)
+    assert others == ["first_conv", "conv_last"]
+
+
+def test_graph_for_openvino_multiplies_maps_and_not_gains_by_the_gain_of_a_depthwise_layer(small):
+    counts = []
+    for openvino in (False, True):
+        graph = build_graph(fold(small("r1")), ["logits"], openvino=openvino).graph
+        per_channel = {node.output[0] for node in graph.node if node.op_type == "Unsqueeze"}
+        products = [node for node in graph.node if node.op_type == "Mul"]
+        counts.append((len(products), sum(per_channel.isdisjoint(node.input) for node in products)))
+    blocks = 7
+    # By default two gains and a bias of each block are multiplied; for OpenVINO, once, what they give.
+    (products, of_gains), (fewer, no_gains) = counts
+    assert (of_gains, no_gains, products - fewer) == (3 * blocks, 0, 2 * blocks)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_graph_gives_the_same_numbers_with_channels_last(small, name):
+def test_graph_gives_the_same_numbers_for_openvino(small, name):
     x = np.random.default_rng(0).standard_normal((3, 3, 64, 96), np.float32)
     folded = fold(small(name))
     given = []
-    for channels_last in (False, True):
-        model = build_graph(folded, OUTPUTS, channels_last=channels_last)
+    for openvino in (False, True):
+        model = build_graph(folded, OUTPUTS, openvino=openvino)
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         given.append(session.run(None, {"input": x}))
     for first, last in zip(*given, strict=True):

@@ -77,9 +77,9 @@ def write_files(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list
     return _WRITERS[path.suffix](network, path, wanted)
 
 
-def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted, *, channels_last: bool = False) -> list[Path]:
+def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted, *, openvino: bool = False) -> list[Path]:
     half = wanted.precision == "fp16"
-    model = build_graph(network, wanted.outputs, half_weights=half, channels_last=channels_last)
+    model = build_graph(network, wanted.outputs, half_weights=half, openvino=openvino)
     if wanted.preprocess:
         add_preprocessing(model, wanted.preprocess)
     path.write_bytes(model.SerializeToString())
@@ -88,7 +88,7 @@ def _write_onnx(network: FoldedShuffleNetV2, path: Path, wanted: Wanted, *, chan
 
 def _write_openvino(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     single = dataclasses.replace(wanted, precision="fp32")
-    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), single, channels_last=True)
+    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), single, openvino=True)
     converted = read_openvino(graph)
     if wanted.photos is not None:
         converted = quantise(converted, wanted.photos)

@@ -8,10 +8,15 @@ Gates and biases per photo are (B, O) and become (B, O, 1, 1) one by one, where 
 added last. An operator then never takes more of them than feature maps: OpenVINO computes it in the layout that most of
 its inputs have, and would change the layout of the maps back and forth (with open sizes, 1.3 times as slow).
 
-Generated kernels (the form "matmul") are written in one of two ways. By default maps are (B, C, H, W), a layer is a
-product with a map, and a small product mixes its kernels: ONNX Runtime is fastest so. With `channels_last` the maps are
-(B, H, W, C) from one such layer to the next, a layer is a product of its pixels, and its kernels are sums of scaled
-matrices: OpenVINO has its maps like this in memory anyway, and sums up in one pass (1.1 to 1.4 times as fast).
+What runtimes differ in is written in one of two ways: by default as ONNX Runtime computes it fastest, or for OpenVINO,
+which makes one pass of an operator and the sums, products and ReLUs after it (docs/static.md has the times):
+
+* The gain of a depthwise layer is multiplied into those of the layer before it; for OpenVINO into that layer's output.
+* Generated kernels (the form "matmul"): maps are (B, C, H, W), a layer is a product with a map, and a small product
+  mixes its kernels. For OpenVINO maps are (B, H, W, C) from one such layer to the next, as it has them in memory
+  anyway, a layer is a product of its pixels, and its kernels are sums of scaled matrices.
+* A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
+  the map shifted by each.
 """
 
 import operator
@@ -35,12 +40,16 @@ if TYPE_CHECKING:
 
 # The first in which Split has a number of outputs and ReduceMean its axes as input; runtimes of 2023 know it.
 _OPSET = 18
+# In OpenVINO up to so many static depthwise layers are faster than one of mixed kernels.
+_MOST_STATIC = 4
+# A sum of so many products is one pass in OpenVINO: a pass takes at most twelve maps, gains and results.
+_ONE_PASS = 4
 
 _Value: TypeAlias = "str | list[str]"  # the name of a value of the graph, or those of several
 
 
 def build_graph(
-    network: FoldedShuffleNetV2, outputs: Sequence[str], *, half_weights: bool = False, channels_last: bool = False
+    network: FoldedShuffleNetV2, outputs: Sequence[str], *, half_weights: bool = False, openvino: bool = False
 ) -> "ModelProto":
     """Return a network as an ONNX model.
 
@@ -49,7 +58,7 @@ def build_graph(
         outputs: names from `OUTPUTS`, in the order that the model gives them.
         half_weights: whether weights are kept in half precision; they are computed with in single precision all the
             same.
-        channels_last: whether maps between layers with generated kernels are (B, H, W, C).
+        openvino: whether OpenVINO is to run it, not ONNX Runtime; the numbers are the same.
 
     Raises: MissingDependencyError where the package onnx is not installed.
     """
@@ -63,7 +72,7 @@ def build_graph(
 
     computed = [name for name in outputs if name != CLASS_WEIGHTS]
     traced = _Tracer().trace(_Outputs(network, computed))
-    writer = _Writer(network, half_weights=half_weights, channels_last=channels_last)
+    writer = _Writer(network, half_weights=half_weights, openvino=openvino)
     names = writer.write(traced)
     writer.rename(dict(zip(names, computed, strict=True)))
     if CLASS_WEIGHTS in outputs:
@@ -121,8 +130,8 @@ class _Writer:
     `last` has the names of those maps that are (B, H, W, C).
     """
 
-    def __init__(self, network: nn.Module, *, half_weights: bool, channels_last: bool) -> None:
-        self.network, self.half_weights, self.channels_last = network, half_weights, channels_last
+    def __init__(self, network: nn.Module, *, half_weights: bool, openvino: bool) -> None:
+        self.network, self.half_weights, self.openvino = network, half_weights, openvino
         self.last: set[str] = set()
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
@@ -271,10 +280,6 @@ def _relu(writer: _Writer, name: str, x: str) -> str:
     return writer.op("Relu", [x], name)
 
 
-def _mul(writer: _Writer, name: str, x: str, y: str) -> str:
-    return writer.op("Mul", [x, y], name)
-
-
 def _linear(writer: _Writer, name: str, layer: nn.Linear, x: str) -> str:
     inputs = [x, writer.weight(f"{name}.weight", layer.weight), writer.bias(f"{name}.bias", layer.bias)]
     return writer.op("Gemm", inputs, name, {"transB": 1})
@@ -294,13 +299,25 @@ def _conv(writer: _Writer, name: str, layer: FoldedConv, x: str) -> str:
 
 
 def _gain_pointwise(
-    writer: _Writer, name: str, layer: GainPointwise, xs: list[str], gains: list[str], bias: str
+    writer: _Writer, name: str, layer: GainPointwise, xs: list[str], gains: list[str], bias: str, factor: str = ""
 ) -> str:
     inputs = [x for x in xs for _ in range(layer.mixed)]
-    return _relu(writer, name, _scaled_sum(writer, f"{name}.linear", layer.convs, inputs, gains, bias))
+    if factor and not writer.openvino:
+        (*gains, bias), factor = _multiplied(writer, name, [*gains, bias], factor), ""
+    y = _scaled_sum(writer, f"{name}.linear", layer.convs, inputs, gains, bias)
+    if not factor:
+        return _relu(writer, name, y)
+    return writer.op("Mul", [_relu(writer, f"{name}.relu", y), writer.per_channel(factor)], name)
+
+
+def _multiplied(writer: _Writer, name: str, values: list[str], factor: str) -> list[str]:
+    """Write values per channel times a factor per channel."""
+    return [writer.op("Mul", [value, factor], f"{name}.{value}.multiplied") for value in values]
 
 
 def _gain_depthwise(writer: _Writer, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:
+    if x in writer.last and len(gains) > _MOST_STATIC:
+        return _shifted_sum(writer, name, layer, x, gains)
     bias = writer.bias(f"{name}.bias", layer.bias, shape=(1, -1))
     return _scaled_sum(writer, name, layer.convs, [x] * len(gains), gains, bias)
 
@@ -316,11 +333,38 @@ def _scaled_sum(writer: _Writer, name: str, convs: nn.ModuleList, xs: list[str],
     return writer.op("Add", [y, writer.per_channel(bias)], name)
 
 
+def _shifted_sum(writer: _Writer, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:
+    """Mix the kernels, of T taps, then sum the map (B, H, W, C) shifted by each tap times that tap's weights."""
+    convs = [conv for conv in layer.convs if isinstance(conv, FoldedConv)]
+    padding, stride, size = convs[0].padding, convs[0].stride, convs[0].weight.shape[2]
+    bank_PTC = torch.stack([conv.weight.flatten(1).T for conv in convs])
+    pixel_axes = writer.integers("pixel_axes", (1, 2))
+    gates_B11C = [writer.op("Unsqueeze", [gain, pixel_axes], f"{gain}.{name}.pixel") for gain in gains]
+    kernel_B1TC = _mixed(writer, f"{name}.mixed", gates_B11C, f"{name}.bank", bank_PTC)
+    taps_B11C = _chunk(writer, f"{name}.taps", kernel_B1TC, size * size, 2)
+    pads = writer.integers(f"pads_{padding}", (0, padding, padding, 0) * 2)
+    padded = writer.op("Pad", [x, pads], f"{name}.padded")
+    factors = []
+    for number, tap_B11C in enumerate(taps_B11C):
+        # The last shift ends where the padded map does, those before it as many pixels earlier.
+        starts = divmod(number, size)
+        ends = [start + 1 - size or np.iinfo(np.int64).max for start in starts]
+        bounds = [writer.integers(f"bounds_{values}", values) for values in (starts, ends, (1, 2), (stride, stride))]
+        inside = starts == (padding, padding) and stride == 1
+        shifted = x if inside else writer.op("Slice", [padded, *bounds], f"{name}.shifted.{number}")
+        factors.append((shifted, tap_B11C))
+    y = _products_summed(writer, name, factors)
+    writer.last.add(name)
+    return writer.op("Add", [y, writer.bias(f"{name}.bias", layer.bias)], name)
+
+
 def _matmul_pointwise(
-    writer: _Writer, name: str, layer: MatmulPointwise, xs: list[str], gates: list[str], bias: str
+    writer: _Writer, name: str, layer: MatmulPointwise, xs: list[str], gates: list[str], bias: str, factor: str = ""
 ) -> str:
     (x,) = xs
-    write = _product_with_pixels if writer.channels_last else _product_with_maps
+    if factor:
+        *gates, bias = _multiplied(writer, name, [*gates, bias], factor)
+    write = _product_with_pixels if writer.openvino else _product_with_maps
     return write(writer, name, list(layer.banks), x, gates, bias)
 
 
@@ -356,16 +400,14 @@ def _product_with_pixels(
         inputs += width
         rows = writer.integers(f"rows_{outputs}_{mixed}", (0, outputs, mixed))
         gate = writer.op("Reshape", [gate, rows], f"{name}.gates.{group}")
-        scales = _chunk(writer, f"{name}.scales.{group}", gate, mixed, 2)
-        kernel = ""
-        for number, (scale, bank_OI) in enumerate(zip(scales, bank_OPI.unbind(1), strict=True)):
-            bank = writer.weight(f"{name}.banks.{group}.{number}", bank_OI)
-            scaled = writer.op("Mul", [scale, bank], f"{name}.scaled.{group}.{number}")
-            kernel = writer.op("Add", [kernel, scaled], f"{name}.mixed.{group}.{number}") if kernel else scaled
-        kernels.append(kernel)
-    kernel = writer.op(
-        "Transpose", [_cat(writer, f"{name}.kernel", kernels, 2)], f"{name}.columns", {"perm": (0, 2, 1)}
-    )
+        gate = writer.op("Transpose", [gate], f"{name}.rows.{group}", {"perm": (0, 2, 1)})
+        gates_B1O = _chunk(writer, f"{name}.scales.{group}", gate, mixed, 1)  # one after the other, unlike columns
+        column = writer.integers(f"column_{outputs}", (0, outputs, 1))
+        gates_BO1 = [writer.op("Reshape", [gate_B1O, column], f"{gate_B1O}.column") for gate_B1O in gates_B1O]
+        bank_POI = bank_OPI.transpose(0, 1)
+        kernels.append(_mixed(writer, f"{name}.mixed.{group}", gates_BO1, f"{name}.banks.{group}", bank_POI))
+    kernel = _cat(writer, f"{name}.kernel", kernels, 2)
+    kernel = writer.op("Transpose", [kernel], f"{name}.columns", {"perm": (0, 2, 1)})
     y = writer.op("MatMul", [writer.pixels(x, inputs), kernel], f"{name}.product")
     bias = writer.op("Unsqueeze", [bias, writer.integers("pixels_axis", (1,))], f"{bias}.{name}.per_pixel")
     y = _relu(writer, f"{name}.relu", writer.op("Add", [y, bias], f"{name}.linear"))
@@ -378,6 +420,24 @@ def _product_with_pixels(
     return writer.op("Reshape", [y, shape], name)
 
 
+def _mixed(writer: _Writer, name: str, gates: Sequence[str], bank: str, matrices: Tensor) -> str:
+    """Write the sum of a bank's matrices, each times its gates: those of each photo as a row or as a column."""
+    weights = [writer.weight(f"{bank}.{number}", matrix) for number, matrix in enumerate(matrices.unbind(0))]
+    return _products_summed(writer, name, list(zip(gates, weights, strict=True)))
+
+
+def _products_summed(writer: _Writer, name: str, factors: Sequence[tuple[str, str]]) -> str:
+    """Write a sum of products, in pieces that are one pass each."""
+    total = ""
+    for first in range(0, len(factors), _ONE_PASS):
+        piece = ""
+        for number, pair in enumerate(factors[first : first + _ONE_PASS], first):
+            product = writer.op("Mul", pair, f"{name}.scaled.{number}")
+            piece = writer.op("Add", [piece, product], f"{name}.sum.{number}") if piece else product
+        total = writer.op("Add", [total, piece], f"{name}.{first}") if total else piece
+    return total
+
+
 # What each step and each layer becomes; their arguments are those of the traced call.
 _STEPS: dict[Any, Callable[..., _Value]] = {
     "chunk": _chunk,
@@ -385,7 +445,6 @@ _STEPS: dict[Any, Callable[..., _Value]] = {
     "sigmoid": _sigmoid,
     "split": _split,
     operator.getitem: _item,
-    operator.mul: _mul,
     torch.cat: _cat,
     F.max_pool2d: _max_pool,
     F.relu: _relu,

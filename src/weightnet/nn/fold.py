@@ -90,11 +90,10 @@ class FoldedWeightNetBlock(nn.Module):
     def forward(self, xs: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         gates = iter(self.gates(self.reduce(torch.cat(means, 1))).sigmoid().split(self.sizes, 1))
         first, depthwise, third = (_take(gates, count) for count in (self.gains, self.mixed, self.gains))
-        bias: Tensor = self.bias1
         if self.early_gain:
-            first, bias = [gate * depthwise[0] for gate in first], bias * depthwise[0]
-        y = self.conv1(xs, first, bias)
-        y = self.conv2(y) if self.early_gain else self.conv2(y, depthwise)
+            y = self.conv2(self.conv1(xs, first, self.bias1, depthwise[0]))
+        else:
+            y = self.conv2(self.conv1(xs, first, self.bias1), depthwise)
         y = self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3)
         if not self.depthwise:
             return [y]

@@ -36,7 +36,8 @@ class FoldedConv(nn.Module):
 class GainPointwise(nn.Module):
     """A generated 1x1 layer and a ReLU, as static convolutions, P for each block of inputs, scaled and summed.
 
-    Shape: G inputs (B, I, H, W), G * P gains (B, O) and a bias (1, O) or (B, O) give (B, O, H, W).
+    Shape: G inputs (B, I, H, W), G * P gains (B, O) and a bias (1, O) give (B, O, H, W), times a factor (B, O) that is
+    not negative where one is given.
     """
 
     def __init__(self, banks: list[Tensor]) -> None:
@@ -46,7 +47,9 @@ class GainPointwise(nn.Module):
             FoldedConv(bank_OI[..., None, None], None) for bank_OPI in banks for bank_OI in bank_OPI.unbind(1)
         )
 
-    def forward(self, xs: list[Tensor], gains: Sequence[Tensor], bias: Tensor) -> Tensor:
+    def forward(self, xs: list[Tensor], gains: Sequence[Tensor], bias: Tensor, factor: Tensor | None = None) -> Tensor:
+        if factor is not None:  # before the ReLU, where it takes no pass over a map
+            gains, bias = [gain * factor for gain in gains], bias * factor
         y = _per_channel(bias)
         for number, (conv, gain) in enumerate(zip(self.convs, gains, strict=True)):
             y = y + conv(xs[number // self.mixed]) * _per_channel(gain)
@@ -56,15 +59,18 @@ class GainPointwise(nn.Module):
 class MatmulPointwise(nn.Module):
     """A generated 1x1 layer and a ReLU, as a batched matrix product by kernels mixed from the bank.
 
-    Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) or (B, O) give (B, O, H, W).
+    Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) give (B, O, H, W), times a factor (B, O)
+    that is not negative where one is given, which goes with P = 1.
     """
 
     def __init__(self, banks: list[Tensor]) -> None:
         super().__init__()
         self.banks = nn.ParameterList(bank_OPI.contiguous() for bank_OPI in banks)
 
-    def forward(self, xs: list[Tensor], gates: Sequence[Tensor], bias: Tensor) -> Tensor:
+    def forward(self, xs: list[Tensor], gates: Sequence[Tensor], bias: Tensor, factor: Tensor | None = None) -> Tensor:
         (x,) = xs
+        if factor is not None:
+            gates, bias = [gate * factor for gate in gates], bias * factor
         kernels = []
         for bank_OPI, gate in zip(self.banks, gates, strict=True):
             outputs, mixed, _ = bank_OPI.shape

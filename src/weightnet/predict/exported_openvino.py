@@ -135,7 +135,8 @@ def run_in_turn(
             while len(running) >= len(requests):
                 finish_first()
             request = requests[number % len(requests)]
-            request.start_async({0: piece})  # all that run here have one input
+            # All that run here have one input. It is read where it is: nobody changes it before all have ended.
+            request.start_async({0: piece}, share_inputs=True)
             running.append(request)
         while running:
             finish_first()
