@@ -50,8 +50,8 @@ def network_of(form: str) -> Any:
         port.load_state_dict(network.state_dict())
         network = port
     elif form != PLAIN:
-        weightnet.set_form(network, form)
-    return network.to(memory_format=layout_of(form)).train()  # type: ignore[call-overload]
+        weightnet.set_form(network, form)  # type: ignore[arg-type]
+    return network.to(memory_format=layout_of(form)).train()
 
 
 def layout_of(form: str) -> torch.memory_format:
