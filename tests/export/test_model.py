@@ -376,3 +376,16 @@ def test_export_takes_outputs_that_are_all_zero(small, tmp_path):
         torch.nn.init.zeros_(parameter)
     export_model(network, tmp_path / "net.onnx", outputs=["class_weights"])
     assert not run(tmp_path / "net.onnx", np.zeros((1, 3, 64, 64), np.float32))["logits"].any()
+
+
+def test_openvino_reads_arrays_however_they_lie_in_memory(small, tmp_path):
+    export_model(small("r1"), tmp_path / "net.xml")
+    engine = open_exported(tmp_path / "net.xml")
+    x = np.random.default_rng(0).standard_normal((5, 3, 64, 64), np.float32)
+    read_only, channels_last = x.copy(), np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    read_only.flags.writeable = False
+    unaligned = np.frombuffer(b" " + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    expected = engine.run(x.copy())
+    for laid_out in (read_only, channels_last, x.repeat(2, 0)[::2], unaligned):
+        np.testing.assert_array_equal(engine.run(laid_out), expected)
+    np.testing.assert_array_equal(engine.run(np.broadcast_to(x[:1], x.shape)), engine.run(x[:1].repeat(5, 0)))
