@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from inference import show
@@ -56,9 +56,10 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
             raise UsageError(f"DATA must have photos for {steps} steps of 128. Got {len(photos)}. Lower --steps.")
         rates: dict[str, list[float]] = {"S": [], "D": [], "T": []}
         with data.cached(photos, config, Path(folder, "photos.cache"), lambda: None) as kept:
+            loader = data.training_loader(photos, batches, config, kept)  # one for all epochs, as a run has it
 
             def some() -> Any:
-                return itertools.islice(data.training_loader(photos, batches, config, kept), steps)
+                return itertools.islice(loader, steps)
 
             def train_on(loaded: Iterable[Any]) -> None:
                 for batch in loaded:
@@ -70,6 +71,7 @@ def measure(root: str, size: int, cache: int, steps: int) -> dict[str, float]:
                 rates["S"].append(rate(128 * steps, lambda: train_on([first] * steps)))
                 rates["D"].append(rate(128 * steps, lambda: list(some())))
                 rates["T"].append(rate(128 * steps, lambda: train_on(some())))
+            cast(data.TrainingPhotos, loader.dataset).close()
     S, D, T = (statistics.median(rates[name]) for name in "SDT")
     return {"S": round(S), "D": round(D), "T": round(T), "D/S": round(D / S, 2), "share": round(T * (1 / S + 1 / D), 3)}
 

@@ -44,7 +44,7 @@ def test_read_image_refuses_paths_that_are_no_files(tmp_path: Path) -> None:
 
 
 def test_read_image_refuses_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *_: Any) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "secret photo").touch()

@@ -115,9 +115,9 @@ def test_training_loader_gives_crops_of_the_size_of_the_epoch(
     assert shapes == [(32, 32), (40, 40), (48, 48)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [None, 0, 1])
 def test_training_loader_does_not_depend_on_workers_or_where_it_begins(
-    photos: Path, tmp_path: Path, make_config: MakeConfig, workers: int
+    photos: Path, tmp_path: Path, make_config: MakeConfig, workers: int | None
 ) -> None:
     folder, _ = read_folders(photos)
     config = make_config(balance=0.5, workers=2)
@@ -145,10 +145,10 @@ def spoil(folder: Path) -> set[str]:
     return {f"{folder.name}/{name}" for name in ("red/0.png", "red/1.png", "green/2.png", "blue/3.png")}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [None, 0, 2])
 @pytest.mark.parametrize("cache", [0, 64])
 def test_training_loader_leaves_unreadable_photos_out(
-    own_photos: Path, tmp_path: Path, make_config: MakeConfig, cache: int, workers: int
+    own_photos: Path, tmp_path: Path, make_config: MakeConfig, cache: int, workers: int | None
 ) -> None:
     spoiled = spoil(own_photos / "train")
     folder, _ = read_folders(own_photos)

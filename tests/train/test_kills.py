@@ -64,9 +64,12 @@ def assert_same_run(run: Path, whole: Path) -> None:
         assert torch.equal(mine["momentum_buffer"], other["momentum_buffer"])
 
 
-def test_fit_killed_with_workers_and_cache_ends_the_same(tmp_path: Path, make_config: MakeConfig, start: Any) -> None:
-    """The run alone is killed: its worker lives on for some seconds, and holds the folder's lock."""
-    config = make_config(ema_decay=0.9, workers=1, cache=64, checkpoint_minutes=0.0)
+@pytest.mark.parametrize("workers", [None, 1])
+def test_fit_killed_with_workers_and_cache_ends_the_same(
+    tmp_path: Path, make_config: MakeConfig, start: Any, workers: int | None
+) -> None:
+    """The run alone is killed: its worker lives on, by itself for some seconds, and holds the folder's lock."""
+    config = make_config(ema_decay=0.9, workers=workers, cache=64, checkpoint_minutes=0.0)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"), workers=0)
     assert "measured" in outcome_of(start(whole), tmp_path)
     killed = start(config, signal=(6, signal.SIGKILL))
@@ -78,11 +81,12 @@ def test_fit_killed_with_workers_and_cache_ends_the_same(tmp_path: Path, make_co
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("workers", [None, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_fit_saves_when_the_whole_process_group_is_signalled(
-    tmp_path: Path, make_config: MakeConfig, start: Any, number: int
+    tmp_path: Path, make_config: MakeConfig, start: Any, number: int, workers: int | None
 ) -> None:
-    outcome = outcome_of(start(make_config(workers=2), signal=(3, number), group=True), tmp_path)
+    outcome = outcome_of(start(make_config(workers=workers), signal=(3, number), group=True), tmp_path)
     assert outcome["error"] == "TrainingError"
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert f"stopped at step {saved} and saved" in outcome["message"]
@@ -112,11 +116,11 @@ def test_fit_keeps_its_last_checkpoint_where_files_cannot_grow(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize(("ema_decay", "workers"), [(0.0, 0), (0.9, None)])
 def test_fit_killed_at_random_ends_the_same(
-    tmp_path: Path, make_config: MakeConfig, start: Any, ema_decay: float
+    tmp_path: Path, make_config: MakeConfig, start: Any, ema_decay: float, workers: int | None
 ) -> None:
-    config = make_config(epochs=40, evaluate_every=3, ema_decay=ema_decay, checkpoint_minutes=0.0)
+    config = make_config(epochs=40, evaluate_every=3, ema_decay=ema_decay, workers=workers, checkpoint_minutes=0.0)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"), checkpoint_minutes=10.0)
     began = time.monotonic()
     assert "measured" in outcome_of(start(whole), tmp_path)

@@ -199,11 +199,12 @@ def test_process_says_that_another_has_ended(message: str, raised: type[Exceptio
 
 
 def test_fit_gives_the_same_bits_for_any_workers_and_cache(tmp_path: Path, make_config: MakeConfig) -> None:
-    runs = [tmp_path / "plain", tmp_path / "other"]
-    fit(make_config(out=str(runs[0])))
-    fit(make_config(out=str(runs[1]), workers=1, cache=64))  # the photos are smaller than that
-    assert weights_of(runs[0]) == weights_of(runs[1])
-    assert log_of(runs[0]) == log_of(runs[1])
+    plain = tmp_path / "plain"
+    fit(make_config(out=str(plain)))
+    for name, options in {"forked": {"workers": None}, "cached": {"workers": 1, "cache": 64}}.items():
+        fit(make_config(out=str(tmp_path / name), **options))  # the photos are smaller than that
+        assert weights_of(tmp_path / name) == weights_of(plain)
+        assert log_of(tmp_path / name) == log_of(plain)
 
 
 def test_fit_depends_on_the_seed(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -75,10 +75,11 @@ def test_fit_saves_and_ends_at_a_signal(tmp_path: Path, make_config: MakeConfig,
     assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("workers", [None, 2])
 @pytest.mark.parametrize("how", [kill, send(signal.SIGTERM)])
-def test_fit_takes_its_workers_with_it(make_config: MakeConfig, how: Callable[[], None]) -> None:
+def test_fit_takes_its_workers_with_it(make_config: MakeConfig, how: Callable[[], None], workers: int | None) -> None:
     with pytest.raises((_KilledError, TrainingError)) as raised:  # which holds on to the loop's frames
-        fit(make_config(workers=2), report=stop_at(2, how))
+        fit(make_config(workers=workers), report=stop_at(2, how))
     assert raised.value is not None
     assert multiprocessing.active_children() == []
 

@@ -177,18 +177,18 @@ def _read_file(path: Path) -> bytes:
             raise ImageError("a photo must be an ordinary file. Got a device or pipe. Pass its content as bytes.")
         if status.st_size > MAX_FILE_BYTES:
             raise _file_too_large(f"{status.st_size} bytes")
-        with path.open("rb") as file:
-            return _read_stream(file)
+        with path.open("rb", buffering=0) as file:
+            return _read_stream(file, status.st_size + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"a photo must be a readable file. Got: {reason}. Check the path.") from None
 
 
-def _read_stream(stream: BinaryIO) -> bytes:
+def _read_stream(stream: BinaryIO, read_bytes: int = _READ_BYTES) -> bytes:
     parts: list[bytes] = []
     room = MAX_FILE_BYTES + 1
     try:
-        while room > 0 and (part := stream.read(min(room, _READ_BYTES))):
+        while room > 0 and (part := stream.read(min(room, read_bytes))):
             if not isinstance(part, bytes):
                 raise ImageError(f"a file object must give bytes. Got {type(part).__name__}. Open it in binary mode.")
             parts.append(part)

@@ -15,6 +15,7 @@ from weightnet.train.config import TrainConfig
 Pixels = npt.NDArray[Any]
 Box = tuple[int, int, int, int]  # x, y, width, height
 BGR_TO_GREY = np.array([0.114, 0.587, 0.299], np.float32)
+_IDENTITY, _TO_GREY = np.eye(3, dtype=np.float32), np.tile(BGR_TO_GREY, (3, 1))
 
 
 def augment(
@@ -25,7 +26,7 @@ def augment(
         box = random_crop_box(photo_HW3.shape[1], photo_HW3.shape[0], rng, config.min_scale)
     crop = cut(photo_HW3, box, config.train_size_in(epoch), config.interpolation)
     if rng.random() < 0.5:
-        crop = crop[:, ::-1]
+        crop = cv2.flip(crop, 1)
     return colour_jitter(crop, rng, config.jitter)
 
 
@@ -66,8 +67,9 @@ def colour_jitter(photo_HW3: Pixels, rng: np.random.Generator, strength: float) 
 
     Each step is clipped to 0..255 and truncated, as in the original.
     """
+    photo_HW3 = np.ascontiguousarray(photo_HW3)
     if strength == 0:
-        return np.ascontiguousarray(photo_HW3)
+        return photo_HW3
     for step in rng.permutation(3):
         factor = np.float32(rng.uniform(1 - strength, 1 + strength))
         if step == 0:
@@ -76,8 +78,7 @@ def colour_jitter(photo_HW3: Pixels, rng: np.random.Generator, strength: float) 
             mean_grey = np.float32(cv2.mean(photo_HW3)[:3] @ BGR_TO_GREY)
             photo_HW3 = _through_table(photo_HW3, factor, mean_grey)
         else:
-            grey_HW1 = cv2.transform(photo_HW3.astype(np.float32), BGR_TO_GREY[None])[..., None]
-            mixed = photo_HW3 * factor + grey_HW1 * (1 - factor)
+            mixed = cv2.transform(photo_HW3.astype(np.float32), factor * _IDENTITY + (1 - factor) * _TO_GREY)
             photo_HW3 = np.clip(mixed, 0, 255, out=mixed).astype(np.uint8)
     return photo_HW3
 
@@ -94,4 +95,4 @@ def shrink_short_edge(photo_HW3: Pixels, short_edge_px: int) -> Pixels:
 def _through_table(photo: Pixels, factor: np.float32, centre: np.float32) -> Pixels:
     """Return photo * factor + centre * (1 - factor), by a table of the 256 grey levels."""
     levels = np.arange(256, dtype=np.float32) * factor + centre * (1 - factor)
-    return cv2.LUT(np.ascontiguousarray(photo), np.clip(levels, 0, 255).astype(np.uint8))
+    return cv2.LUT(photo, np.clip(levels, 0, 255).astype(np.uint8))

@@ -64,7 +64,8 @@ class TrainConfig:
         cache: short edge, in pixels, to which training photos are shrunk and kept decoded in the run folder during the
             run, so that they are decoded once: about cache x cache x 4 bytes of disk a photo. 0 keeps none.
         workers: processes that load photos beside the steps; any number gives the same run. 0 loads them between the
-            steps, in as many threads as there are cores. By default 0 on a CPU, and one for each core beside a GPU.
+            steps, in threads. By default one for each core, beside the steps where there is a GPU, and else between
+            them.
         seed: of weights, order and augmentation.
         precision: "32-true", or mixed precision "bf16-mixed" or "16-mixed".
         device: "auto", "cpu" or "cuda".

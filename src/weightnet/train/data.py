@@ -24,6 +24,7 @@ from weightnet.predict.exported import usable_cores
 from weightnet.train.augment import augment, cut, shrink_short_edge, view_box
 from weightnet.train.config import TrainConfig
 from weightnet.train.folders import PhotoFolder
+from weightnet.train.pool import ForkedPool, may_fork
 
 CACHE_BLOCK_PHOTOS = 256  # decoded at once while the cache is made: bounds its memory
 
@@ -162,12 +163,29 @@ def opencv_in_one_thread() -> Iterator[None]:
 
 
 class TrainingPhotos(_Photos):
-    """Augmented crops: random ones, or with targets those that a teacher has seen, mirrored and coloured anew."""
+    """Augmented crops: random ones, or with targets those that a teacher has seen, mirrored and coloured anew.
+
+    A crop takes many short calls, which threads would make in turn: where nothing is said of workers, forked processes
+    share a batch.
+    """
 
     def __init__(
         self, folder: PhotoFolder, config: TrainConfig, cache: PhotoCache | None, targets: Targets | None = None
     ) -> None:
         self.folder, self.config, self.cache, self.targets = folder, config, cache, targets
+        self.pool: ForkedPool[Place, Crop | Unreadable] | None = None
+
+    def __getitems__(self, places: list[Place]) -> list[Crop | Unreadable]:
+        if self.config.workers is not None or get_worker_info() is not None or not may_fork():
+            return super().__getitems__(places)
+        if self.pool is None:
+            self.pool = ForkedPool(self.__getitem__, usable_cores())
+        return self.pool.map(places)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.pool is not None:
+            self.pool.close()
 
     def __getitem__(self, place: Place) -> Crop | Unreadable:
         epoch, position, index = place

@@ -281,17 +281,18 @@ def _train(
         if teacher is not None:
             teach(teacher, targets, run.photos, config, cache, fabric, report_taught)
         loader = data.training_loader(run.photos, batches, config, cache, targets if teacher is not None else None)
-        while state.step < total_steps:
-            batches.epoch, batches.first_step = divmod(state.step, batches.steps)
-            # Closed whatever happens, so that its workers end now and not when the exception is forgotten.
-            with contextlib.closing(_epoch_steps(fabric, model, loader, state, config, total_steps)) as steps:
-                for loss, photos_per_s in steps:
-                    unreadable = len(state.unreadable)
-                    report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
-                    check_stop(fabric)
-                    if run.seconds_since_save > 60 * config.checkpoint_minutes:
-                        run.save(state)
-            evaluate_if_due()
+        # Both are closed whatever happens, so that their processes end now and not when the exception is forgotten.
+        with contextlib.closing(cast(data.TrainingPhotos, loader.dataset)):
+            while state.step < total_steps:
+                batches.epoch, batches.first_step = divmod(state.step, batches.steps)
+                with contextlib.closing(_epoch_steps(fabric, model, loader, state, config, total_steps)) as steps:
+                    for loss, photos_per_s in steps:
+                        unreadable = len(state.unreadable)
+                        report(Progress(state.step, total_steps, batches.epoch + 1, loss, photos_per_s, unreadable))
+                        check_stop(fabric)
+                        if run.seconds_since_save > 60 * config.checkpoint_minutes:
+                            run.save(state)
+                evaluate_if_due()
 
 
 def _epoch_steps(
