@@ -1,6 +1,11 @@
-"""Other networks in 8-bit integers for `int8.py` to compare with: quantised at each input, or where NNCF does it."""
+"""Other networks in 8-bit integers for `int8.py` to compare with: quantised at each input, or where NNCF does it.
+
+Or with other weights: of all of 8 bits, whatever the processor, or of 7.
+"""
 
 from typing import Any
+
+import numpy as np
 
 from weightnet.export.int8 import Photos, Place, convolutions
 
@@ -25,3 +30,13 @@ def placed_by_nncf(model: Any, photos: Photos) -> Any | None:
     scope = nncf.IgnoredScope(names=left_out, validate=False)
     data = nncf.Dataset([photo[None] for photo in photos])
     return nncf.quantize(model.clone(), data, subset_size=len(photos), ignored_scope=scope)
+
+
+def each_of_8_bits(weight: Any, axis: int) -> Any:
+    """Let each weight have all of its 8 bits."""
+    return np.abs(weight)
+
+
+def each_of_7_bits(weight: Any, axis: int) -> Any:
+    """Let each weight have 7 bits, of which two fit into 8."""
+    return 2 * np.abs(weight)

@@ -4,6 +4,10 @@ OpenVINO computes in integers from where a map is rounded: it moves the rounding
 into those after. Weights have a scale for each output channel, feature maps one each. Gates, gains and sums stay in
 floating point; so does whatever comes behind the last convolution.
 
+Processors without VNNI sum up the products of two neighbouring inputs in 16 bits, and silently cut off what is larger:
+with weights up to 127 the embedded network then names other things in half of all photos. So the scale of an output
+channel is such that two neighbours' weights are at most 128 together: a file gives the same numbers everywhere.
+
 Source: docs/int8.md says why the places are these, and measures others.
 """
 
@@ -28,6 +32,7 @@ _BATCH = 32
 _MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat")  # operators that only move values
 _SAMPLED = 11  # every 11th value is enough to tell the range
 _SMALLEST = 1e-6  # of a range or a weight, where all values are zeros
+_LARGEST = 127  # of a weight, and of two neighbours together before they are rounded: 2 x 0.5 may come to that
 
 Graph: TypeAlias = Any  # openvino.Model
 Photos: TypeAlias = npt.NDArray[Any]
@@ -109,8 +114,31 @@ def convolutions(model: Graph) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")]
 
 
+def neighbours_together(weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+    """Return, for each weight, how far it and its neighbour can pull a sum to one side.
+
+    Args:
+        weight: of a convolution.
+        axis: of its inputs, of which 0 and 1 are neighbours, 2 and 3, and so on.
+
+    Example:
+        >>> neighbours_together(np.array([[3, 4, 5, -6, 7]], np.float32), 1)
+        array([[7., 7., 6., 6., 7.]], dtype=float32)
+    """
+    count = weight.shape[axis]
+    even = np.pad(weight, [(0, count % 2 if place == axis else 0) for place in range(weight.ndim)])
+    pairs = even.reshape(*weight.shape[:axis], -1, 2, *weight.shape[axis + 1 :])
+    together = np.maximum(pairs.clip(0).sum(axis + 1), -pairs.clip(None, 0).sum(axis + 1))
+    return np.asarray(together.repeat(2, axis).take(range(count), axis))
+
+
 def quantise(
-    model: Graph, photos: Photos, *, find: Callable[[Graph], list[Place]] = places_where_made, tail: float = 0.0
+    model: Graph,
+    photos: Photos,
+    *,
+    find: Callable[[Graph], list[Place]] = places_where_made,
+    reach: Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]] = neighbours_together,
+    tail: float = 0.0,
 ) -> Graph:
     """Return a graph with feature maps rounded at places, and the weights of all convolutions as 8-bit integers.
 
@@ -118,6 +146,7 @@ def quantise(
         model: a graph of `build_graph`, read by OpenVINO; it is not changed.
         photos: what tells the ranges, as the graph takes it.
         find: returns the places of a graph.
+        reach: returns what of each weight must fit into 127 steps, of the weight and the axis of its inputs.
         tail: the share of a map's values at each end that is cut off.
     """
     model = model.clone()
@@ -126,7 +155,7 @@ def quantise(
     for place in places:
         _round_map(place)
     for conv in convolutions(model):
-        _round_weights(conv)
+        _round_weights(conv, reach)
     model.validate_nodes_and_infer_types()
     return model
 
@@ -190,13 +219,14 @@ def _round_map(place: Place) -> None:
         target.replace_source_output(rounded.output(0))
 
 
-def _round_weights(conv: Any) -> None:
+def _round_weights(conv: Any, reach: Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]) -> None:
     """Keep a convolution's weight as bytes and a scale for each output channel."""
     from openvino import opset13
 
     weight = _constant_of(conv.input_value(1))
-    axes = tuple(range(2 if conv.get_type_name() == "GroupConvolution" else 1, weight.ndim))
-    scale = np.maximum(np.abs(weight).max(axes, keepdims=True), np.float32(_SMALLEST)) / np.float32(127)
+    inputs = 2 if conv.get_type_name() == "GroupConvolution" else 1  # the axis of them
+    largest = reach(weight, inputs).max(tuple(range(inputs, weight.ndim)), keepdims=True)
+    scale = np.maximum(largest, np.float32(_SMALLEST)) / np.float32(_LARGEST)
     bytes_ = opset13.constant(np.rint(weight / scale).astype(np.int8))
     scaled = opset13.multiply(opset13.convert(bytes_, "f32"), opset13.constant(scale))
     conv.input(1).replace_source_output(scaled.output(0))
