@@ -36,6 +36,7 @@ _LARGEST = 127  # of a weight, and of two neighbours together before they are ro
 
 Graph: TypeAlias = Any  # openvino.Model
 Photos: TypeAlias = npt.NDArray[Any]
+Reach: TypeAlias = Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,7 +138,7 @@ def quantise(
     photos: Photos,
     *,
     find: Callable[[Graph], list[Place]] = places_where_made,
-    reach: Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]] = neighbours_together,
+    reach: Reach = neighbours_together,
     tail: float = 0.0,
 ) -> Graph:
     """Return a graph with feature maps rounded at places, and the weights of all convolutions as 8-bit integers.
@@ -219,7 +220,7 @@ def _round_map(place: Place) -> None:
         target.replace_source_output(rounded.output(0))
 
 
-def _round_weights(conv: Any, reach: Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]) -> None:
+def _round_weights(conv: Any, reach: Reach) -> None:
     """Keep a convolution's weight as bytes and a scale for each output channel."""
     from openvino import opset13
 

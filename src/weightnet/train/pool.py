@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from weightnet.errors import TrainingError
@@ -41,7 +41,7 @@ class ForkedPool(Generic[Item, Answer]):
 
     def __init__(self, work: Callable[[Item], Answer], processes: int) -> None:
         self._pipes: list[Connection] = []
-        ends: list[tuple[Connection, ForkProcess]] = []
+        ends: list[tuple[Connection, BaseProcess]] = []
         self.close = multiprocessing.util.Finalize(self, _end, (ends,), exitpriority=0)  # before it waits for children
         context = multiprocessing.get_context("fork")
         for _ in range(processes):
@@ -77,7 +77,7 @@ class ForkedPool(Generic[Item, Answer]):
         return [answer for part in parts for answer in part]
 
 
-def _end(ends: list[tuple[Connection, ForkProcess]]) -> None:
+def _end(ends: list[tuple[Connection, BaseProcess]]) -> None:
     for pipe, process in ends:
         pipe.close()
         process.kill()  # it has nothing to lose
