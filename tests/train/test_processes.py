@@ -67,7 +67,7 @@ def test_two_processes_list_the_unreadable_photos_of_both(
     names = [f"{colour}/{number}.png" for colour in ("blue", "red") for number in range(6)]
     for name in names:
         (own_photos / "train" / name).write_bytes(b"no photo")
-    options: dict[str, Any] = {"data": str(own_photos), "batch_size": 12, "workers": 1, "learning_rate": 0.1}
+    options: dict[str, Any] = {"data": str(own_photos), "batch_size": 12, "workers": None, "learning_rate": 0.1}
     done = torchrun(make_config(**options), tmp_path)
     assert done.returncode == 0, done.stderr
     listed = (tmp_path / "run" / "unreadable.csv").read_text()
