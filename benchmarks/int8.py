@@ -16,7 +16,7 @@ processor has it, except in `int8, rest float32`. The graphs that are tried:
 Accuracy: DATA has `train/` and `val/`. 256 training photos calibrate, 1,000 others decide how much of the tails is cut
 off, and the validation photos are measured once, with that. `of 7 bits` and `of 8 bits` are `int8, rest float32` with
 weights that take so many each; the latter need a processor with VNNI. What FILE of --out had of other models is kept
-and, with --rounds 0, its speed; on a processor without bfloat16 also what it had in bfloat16 of the same model.
+and, with --rounds 0, its speed; on a processor without bfloat16 also the column bfloat16 of the same model.
 """
 
 import argparse
@@ -337,9 +337,9 @@ def main() -> None:
     accuracy = {Path(model).name: measure_accuracy(model, Path(data)) for model, data in options.photos}
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
     for name, figures in accuracy.items():
-        before = kept.get("accuracy", {}).get(name, figures)["top1"]
-        if abs(before["float32"] - figures["top1"]["float32"]) <= SAME_MODEL:
-            figures["top1"] = before | figures["top1"]
+        before = kept.get("accuracy", {}).get(name, {}).get("top1", {})
+        if "bfloat16" in before and abs(before["float32"] - figures["top1"]["float32"]) <= SAME_MODEL:
+            figures["top1"] = {"bfloat16": before["bfloat16"]} | figures["top1"]
     accuracy = kept.get("accuracy", {}) | accuracy
     if not options.rounds:
         report = kept | {"accuracy": accuracy}
