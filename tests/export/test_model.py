@@ -125,16 +125,18 @@ def test_export_in_half_precision_is_half_as_large_and_near(small, make_pictures
     assert sizes["fp32"] - sizes["fp16"] > 0.4 * sum(p.nbytes for p in fold(network).parameters())
 
 
-def test_export_for_bfloat16_computes_in_it_where_the_processor_can(small, make_pictures, tmp_path):
+def test_export_for_bfloat16_computes_in_it_where_the_processor_can(small, make_pictures, tmp_path, monkeypatch):
     network, path = small("r1"), tmp_path / "net.xml"
     export_model(network, path, precision="bf16", outputs=OUTPUTS)
     assert_equal(path, network, make_pictures(*SHAPES[1]), tolerance=0.1)
     engine = open_exported(path)
-    engine.run(np.zeros((1, 3, 224, 224), np.float32))
-    ((request, *_),) = engine._requests_of.values()
-    compiled = request.get_compiled_model()
+    monkeypatch.setattr("weightnet.predict.exported.usable_cores", lambda: 1)
+    engine.run(np.zeros((16, 3, 64, 64), np.float32))
+    (((batch, *_), _alone),), ((request, *_),) = engine._requests_of.keys(), engine._requests_of.values()
+    precision = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == ("bf16" if can else "f32")
+    # Maps half as large: twice as many photos at once.
+    assert (precision, batch) == (("bf16", 16) if can else ("f32", 8))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

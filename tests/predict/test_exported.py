@@ -13,6 +13,7 @@ from weightnet.errors import MissingDependencyError, UsageError, WeightsError
 from weightnet.export.model import export_model
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.engines import TorchEngine, open_engine
+from weightnet.predict.exported import in_pieces
 from weightnet.predict.exported_onnxruntime import OnnxRuntimeEngine
 from weightnet.predict.exported_openvino import OpenVinoEngine
 from weightnet.predict.interface import OUTPUTS
@@ -174,7 +175,7 @@ def test_engine_says_how_to_install_a_missing_package(copied, monkeypatch, suffi
 def test_openvino_engine_gives_pieces_in_order_and_goes_on_after_an_error(exported, monkeypatch):
     engine = OpenVinoEngine(exported / "net.xml")
     x = np.random.default_rng(0).standard_normal((21, 3, 32, 32), np.float32)
-    monkeypatch.setattr("weightnet.predict.exported.PIECE", 2)
+    monkeypatch.setattr(engine, "_largest", 2)
     alone = np.concatenate([engine.run(x[at : at + 1]) for at in range(21)])
     np.testing.assert_allclose(engine.run(x), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
     make = engine._requests
@@ -189,6 +190,27 @@ def test_openvino_engine_gives_pieces_in_order_and_goes_on_after_an_error(export
         with pytest.raises(WeightsError, match="Check failed"):
             engine.run(x)
     np.testing.assert_allclose(engine.run(x), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize(
+    ("photos", "cores", "largest", "sizes"),
+    [
+        (5, 1, 8, [5]),
+        (21, 1, 8, [8, 8, 5]),
+        (5, 2, 8, [3, 2]),
+        (21, 2, 8, [8, 8, 5]),
+        (15, 1, 16, [8, 7]),  # too few for the largest piece: sizes that other batches have too
+        (35, 1, 16, [16, 16, 3]),
+        (30, 2, 16, [8, 8, 8, 6]),
+        (31, 2, 16, [16, 15]),
+    ],
+)
+def test_in_pieces_gives_each_core_its_share(monkeypatch, photos, cores, largest, sizes):
+    monkeypatch.setattr("weightnet.predict.exported.usable_cores", lambda: cores)
+    x = np.arange(photos)
+    pieces = in_pieces(x, largest)
+    assert [len(piece) for piece in pieces] == sizes
+    np.testing.assert_array_equal(np.concatenate(pieces), x)
 
 
 def test_openvino_engine_keeps_the_last_ten_shapes(exported):

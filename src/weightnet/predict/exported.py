@@ -39,7 +39,7 @@ FIXED_SIZE = (".pte",)  # whose photos are of the card's size
 
 INPUT = "input"  # as exported files call it
 MAX_EXPORTED_BYTES = 1 << 30
-PIECE = 8  # the most photos that a core takes at once
+PIECE = 8  # photos that a core takes at once, at most: their maps should stay in its caches
 
 
 def usable_cores() -> int:
@@ -47,9 +47,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_pieces(photos: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    """Split a batch evenly over the cores, into no more photos at once than suit one."""
-    size = min(PIECE, -(-len(photos) // usable_cores()))
+def in_pieces(photos: npt.NDArray[Any], largest: int = PIECE) -> list[npt.NDArray[Any]]:
+    """Split a batch over the cores: into the largest pieces where each core gets one, else evenly into usual ones."""
+    share = -(-len(photos) // usable_cores())
+    size = largest if share >= largest else min(PIECE, share)
     return [photos[at : at + size] for at in range(0, len(photos), size)]
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from weightnet.predict.exported import (
     INPUT,
     MAX_EXPORTED_BYTES,
+    PIECE,
     Shape,
     card_beside,
     check_signature,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-_KEPT_SHAPES = 10  # pieces of one to eight photos, one photo by itself, and one to spare
+_KEPT_SHAPES = 10  # pieces of one to eight photos, or of sixteen, and one photo by itself
+_PIECE_OF_BFLOAT16 = 2 * PIECE  # whose maps take as much memory
 
 
 class OpenVinoEngine:
@@ -64,6 +66,8 @@ class OpenVinoEngine:
         outputs = {value.get_any_name(): _openvino_shape(value) for value in self._model.outputs}
         self.outputs = check_signature(path, self.card, inputs, outputs)
         self._precision = "bf16" if exported_as(self.card, path).get("precision") in ("bf16", "int8") else "f32"
+        halved = self._precision == "bf16" and "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._largest = _PIECE_OF_BFLOAT16 if halved else PIECE
         self._requests_of: dict[tuple[tuple[int, ...], bool], list[openvino.InferRequest]] = {}
         self._one_at_a_time = threading.Lock()  # a request keeps the answers of one piece
 
@@ -80,7 +84,7 @@ class OpenVinoEngine:
         try:
             photos = raw_pixels(x_BCHW) if self._takes_pixels else x_BCHW
             with self._one_at_a_time:
-                return joined(names, self._run_pieces(in_pieces(photos), names))
+                return joined(names, self._run_pieces(in_pieces(photos, self._largest), names))
         except RuntimeError as error:  # a file that was read may still not fit together
             raise unreadable(self._path, error) from error
 
