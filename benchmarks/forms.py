@@ -3,40 +3,57 @@
     python benchmarks/forms.py [--rounds N] [--out benchmarks/results/forms.json]
     python benchmarks/forms.py --table benchmarks/results/forms.json
 
-WeightNet networks with r = 1, 2 and 4 at 224 px, one photo and four. All take
-turns, one run each a round: figures are medians, in milliseconds. Networks are those of `inference.py`.
+WeightNet networks of r = 1 and 4 at 224 px, one photo and eight, with products (the form "matmul") in none of the three
+stages, in the first, in two and in all; in the table what `fold` chooses is bold. All take turns, one run each a round:
+figures are medians, in milliseconds. Networks are those of `inference.py`.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from inference import FILES, SIZE_PX, child, commit, machine, network_of, show
 
-NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_0.wn4x", "shufflenet_v2_x0_5.wn8x")
-FORMS, ENGINES, BATCHES = ("feature", "matmul"), ("onnxruntime", "openvino"), (1, 4)
+NETWORKS = (
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0",
+    "shufflenet_v2_x1_0.wn4x",
+    "shufflenet_v2_x0_5.wn8x",
+)
+STAGES, ENGINES, BATCHES = 3, ("onnxruntime", "openvino"), (1, 8)
 
 
-def measure(rounds: int) -> dict[str, float]:
-    """Return the median of each network, form, engine and batch."""
+def forms_of(products: int) -> list[Literal["feature", "matmul"]]:
+    """Return the stages' forms, the first few being products."""
+    return ["matmul" if stage < products else "feature" for stage in range(STAGES)]
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Return the median of each network, number of stages, engine and batch, and what each network is folded into."""
     import weightnet
+    from weightnet.nn.fold import FoldedShuffleNetV2
     from weightnet.predict.engines import open_engine
 
     times: dict[str, list[float]] = {}
-    runs = {}
+    runs, chosen = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in NETWORKS:
             network = network_of(name)
-            for form in FORMS:
+            chosen[name] = weightnet.fold(network).forms
+            for products in range(STAGES + 1):
+                folded = FoldedShuffleNetV2(network, forms=forms_of(products)).float().eval()
                 for engine in ENGINES:
-                    file = Path(folder) / f"{name}_{form}{FILES[engine]}"
-                    weightnet.export_model(network, file, form=form)  # type: ignore[arg-type]
-                    runs[f"{name}|{form}|{engine}"] = open_engine(file).run
+                    file = Path(folder) / f"{name}_{products}{FILES[engine]}"
+                    weightnet.export_model(folded, file)
+                    runs[f"{name}|{products}|{engine}"] = open_engine(file).run
         for batch in BATCHES:
             photos = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
             for turn in range(rounds + 1):
@@ -45,18 +62,19 @@ def measure(rounds: int) -> dict[str, float]:
                     run(photos)
                     if turn:  # the first one warms up
                         times.setdefault(f"{key}|{batch}", []).append(1e3 * (time.perf_counter() - begun_at))
-    return {key: round(statistics.median(ms), 3) for key, ms in times.items()}
+    return {"ms": {key: round(statistics.median(ms), 3) for key, ms in times.items()}, "chosen": chosen}
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """Return the figures as a table in Markdown, by its title."""
-    columns = [(engine, batch, form) for engine in ENGINES for batch in BATCHES for form in FORMS]
-    titles = [f"{engine}, {batch}, {form}" for engine, batch, form in columns]
-    lines = [f"| network | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in NETWORKS:
-        cells = [f"{report['ms'][f'{name}|{form}|{engine}|{batch}']:.3g}" for engine, batch, form in columns]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return {"both forms": "\n".join(lines)}
+    lines = ["| network | engine | photos | none | 1st | 1st and 2nd | all |", "|---" * 7 + "|"]
+    for name, engine, batch in itertools.product(NETWORKS, ENGINES, BATCHES):
+        cells = []
+        for products in range(STAGES + 1):
+            ms = f"{report['ms'][f'{name}|{products}|{engine}|{batch}']:.3g}"
+            cells.append(f"**{ms}**" if forms_of(products) == report["chosen"][name] else ms)
+        lines.append(f"| `{name}` | {engine} | {batch} | {' | '.join(cells)} |")
+    return {"stages by products": "\n".join(lines)}
 
 
 def main() -> None:
@@ -77,7 +95,7 @@ def main() -> None:
         "command": f"python benchmarks/forms.py --rounds {options.rounds}",
         "commit": commit(),
         "machine": machine(),
-        "ms": child(__file__, ["--child", "--rounds", str(options.rounds)], 1),
+        **child(__file__, ["--child", "--rounds", str(options.rounds)], 1),
     }
     show(tables(report))
     if options.out:

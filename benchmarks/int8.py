@@ -57,7 +57,7 @@ def graph_of(network: Any, folder: Path, *, late_gain: bool = False) -> tuple[An
     from weightnet.export.graph import build_graph
     from weightnet.nn.folded_layers import GainDepthwise
 
-    folded = weightnet.fold(network)
+    folded = weightnet.fold(network, form="feature")
     for stage in folded.stages if late_gain else ():
         for block in stage.blocks:  # type: ignore[union-attr]
             block.early_gain = False

@@ -13,7 +13,7 @@ from weightnet.zoo.cards import Card, numbered_classes
 
 SMALL = {
     "plain": NetworkSpec((16, 32, 64), stage_repeats=(2, 3, 2), stem_channels=8, head_channels=32, num_classes=10),
-    "r1": NetworkSpec((16, 32, 64), 2, 2, 0.0, (2, 3, 2), 8, 32, 10),
+    "r1": NetworkSpec((16, 32, 128), 2, 2, 0.0, (2, 3, 2), 8, 32, 10),  # by products but for the last stage
     "r1 one block": NetworkSpec((16, 32, 64), 1, 1, 0.0, (1, 2, 1), 8, 32, 10),
     "r2 four blocks": NetworkSpec((16, 32, 64), 8, 4, 0.0, (2, 1, 2), 8, 32, 10),
     "r3 one block": NetworkSpec((16, 32, 64), 3, 1, 0.0, (2, 1, 2), 8, 32, 10),

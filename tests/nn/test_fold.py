@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.fold import cheapest_folded_form, fold
+from weightnet.nn.fold import FoldForm, cheapest_folded_form, fold
 from weightnet.nn.folded_layers import FoldedConv, GainPointwise, MatmulPointwise
 from weightnet.nn.routes import plan_routes
 from weightnet.nn.shufflenet import ShuffleNetV2
@@ -16,7 +16,7 @@ from weightnet.nn.variants import VARIANTS, NetworkSpec
 
 SMALL = {
     "plain": NetworkSpec((16, 32, 64), stage_repeats=(2, 3, 2), stem_channels=8, head_channels=32, num_classes=10),
-    "r1": NetworkSpec((16, 32, 64), 2, 2, 0.0, (2, 3, 2), 8, 32, 10),
+    "r1": NetworkSpec((16, 32, 128), 2, 2, 0.0, (2, 3, 2), 8, 32, 10),  # by products but for the last stage
     "r1 one block": NetworkSpec((16, 32, 64), 1, 1, 0.0, (1, 2, 1), 8, 32, 10),
     "r2 four blocks": NetworkSpec((16, 32, 64), 8, 4, 0.0, (2, 1, 2), 8, 32, 10),
     "r3 one block": NetworkSpec((16, 32, 64), 3, 1, 0.0, (2, 1, 2), 8, 32, 10),
@@ -48,9 +48,9 @@ def photos(*shape: int) -> Tensor:
 @pytest.mark.parametrize("form", ["auto", "feature", "matmul"])
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
-def test_fold_gives_the_same_numbers(name: str, form: str) -> None:
+def test_fold_gives_the_same_numbers(name: str, form: FoldForm) -> None:
     network = calibrated(SMALL[name])
-    folded = fold(network, form=form)  # type: ignore[arg-type]
+    folded = fold(network, form=form)
     x = photos(3, 3, 64, 96)
     assert network(x).std() > 0.1
     torch.testing.assert_close(folded(x), network(x), rtol=0, atol=1e-10)
@@ -65,9 +65,9 @@ def test_fold_gives_the_same_numbers(name: str, form: str) -> None:
 )
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_fold_gives_the_same_numbers_for_every_variant(name: str, form: str) -> None:
+def test_fold_gives_the_same_numbers_for_every_variant(name: str, form: FoldForm) -> None:
     network = calibrated(VARIANTS[name].spec, 32)
-    folded = fold(network, form=form)  # type: ignore[arg-type]
+    folded = fold(network, form=form)
     x = photos(2, 3, 32, 32)
     assert network(x).std() > 0.1
     torch.testing.assert_close(folded(x), network(x), rtol=0, atol=1e-10)
@@ -84,14 +84,15 @@ def test_fold_serves_every_batch(name: str) -> None:
     torch.testing.assert_close(folded(x[[2, 0, 3]]), folded(x)[[2, 0, 3]], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", ["auto", "feature"])
 @pytest.mark.parametrize("name", SMALL)
-def test_fold_leaves_no_batch_norm_and_no_computed_convolution(name: str) -> None:
-    folded = fold(calibrated(SMALL[name]))
+def test_fold_leaves_no_batch_norm_and_no_computed_convolution(name: str, form: FoldForm) -> None:
+    folded = fold(calibrated(SMALL[name]), form=form)
     kinds = {type(module) for module in folded.modules()}
     assert nn.BatchNorm2d not in kinds
-    r = SMALL[name].M // max(1, SMALL[name].G)
-    assert (MatmulPointwise in kinds) == (r > 1)
-    assert (GainPointwise in kinds) == (r == 1)
+    generated = SMALL[name].M > 0
+    assert (MatmulPointwise in kinds) == (generated and "matmul" in folded.forms)
+    assert (GainPointwise in kinds) == (generated and "feature" in folded.forms)
 
     seen: set[Tensor] = set()
     convs = [module for module in folded.modules() if isinstance(module, FoldedConv)]
@@ -101,8 +102,8 @@ def test_fold_leaves_no_batch_norm_and_no_computed_convolution(name: str) -> Non
     assert seen == {conv.weight for conv in convs}
 
 
-def test_fold_for_r1_uses_static_convolutions_only() -> None:
-    graph = torch.export.export(fold(calibrated(SMALL["r1"])), (photos(2, 3, 64, 64),)).graph
+def test_fold_in_feature_form_uses_static_convolutions_only() -> None:
+    graph = torch.export.export(fold(calibrated(SMALL["r1"]), form="feature"), (photos(2, 3, 64, 64),)).graph
     weights = [node.args[1] for node in graph.nodes if node.target == torch.ops.aten.conv2d.default]
     assert len(weights) > 30
     assert all(weight.op == "placeholder" for weight in weights)
@@ -179,11 +180,22 @@ def test_fold_refuses_what_is_no_network_of_this_package() -> None:
 
 
 def test_fold_refuses_to_change_the_form_of_what_is_folded() -> None:
-    folded = fold(calibrated(SMALL["r1"]))
+    folded = fold(calibrated(SMALL["r1"]), form="feature")
     assert fold(folded, form="feature") is folded
     with pytest.raises(UsageError, match=r"Got form='matmul' for one that is folded already"):
         fold(folded, form="matmul")
 
 
-def test_folded_form_is_static_convolutions_where_they_are_no_more_work() -> None:
-    assert [cheapest_folded_form(r) for r in (1, 2, 4)] == ["feature", "matmul", "matmul"]
+def test_fold_takes_the_form_that_is_less_work_in_each_stage() -> None:
+    product, maps = "matmul", "feature"
+    # Of several kernels always the product; of one, where a map has more pixels than a kernel has inputs.
+    assert [cheapest_folded_form(1, r, 100, 49) for r in (1, 2, 4)] == [maps, product, product]
+    assert [cheapest_folded_form(2, 1, inputs, 196) for inputs in (195, 196)] == [product, maps]
+    assert [cheapest_folded_form(blocks, 1, 100, 49) for blocks in (1, 2, 3, 4)] == [maps, maps, maps, product]
+    forms = {name: fold(ShuffleNetV2(variant.spec)).forms for name, variant in VARIANTS.items()}
+    assert forms == {
+        **{name: [maps] * 3 for name in VARIANTS if name.endswith(".plain")},
+        **{f"shufflenet_v2_x{size}": [product, product, maps] for size in ("0_5", "1_0", "1_5")},
+        "shufflenet_v2_x2_0": [product, maps, maps],
+        **{name: [product] * 3 for name in VARIANTS if name.endswith("x")},
+    }

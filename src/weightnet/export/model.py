@@ -19,6 +19,7 @@ from weightnet.export.parity import INT8_TOLERANCE, LEAST_AGREEMENT, TOLERANCE, 
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
 from weightnet.nn.shufflenet import ShuffleNetV2
+from weightnet.nn.variants import NetworkSpec
 from weightnet.predict.engines import open_exported
 from weightnet.predict.exported import EXPORTED, FIXED_SIZE
 from weightnet.predict.interface import LOGITS, OUTPUTS, PROBABILITIES, Engine
@@ -90,13 +91,14 @@ def export_model(
     if inside:
         card = dataclasses.replace(card, preprocess=_without_normalising(inside))
     card, exports = _beside(out, card)
-    folded = fold(network, form=_form(out, form))
+    if precision == "int8":
+        _check_quantisable(network.spec, form)
+    folded = fold(network, form=_form(out, form, precision, network.spec))
     entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
     if inside:
         entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
     crops: list[npt.NDArray[np.uint8]] = []
     if calibration is not None:
-        _check_quantisable(folded)
         crops, unreadable = read_calibration(calibration, own)
         entry["calibration"] = {"photos": len(crops), "unreadable": unreadable}
     with tempfile.TemporaryDirectory(prefix="weightnet-export-") as folder:
@@ -142,13 +144,16 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
     return tuple(name for name in OUTPUTS if name == LOGITS or name in outputs)
 
 
-def _form(out: Path, form: FoldForm) -> FoldForm:
-    """Return the form that a file is written in: MNN 3.6 takes wrong memory for a batched product."""
-    if out.suffix != ".mnn":
-        return form
-    if form == "matmul":
+def _form(out: Path, form: FoldForm, precision: str, spec: NetworkSpec) -> FoldForm:
+    """Return the form that a file is written in.
+
+    MNN 3.6 takes wrong memory for a batched product. Weights that are made for each photo cannot be rounded beforehand
+    for int8. XNNPACK packs weights beforehand, which products do not have: where r = 1 they gain nothing there.
+    """
+    if out.suffix == ".mnn" and form == "matmul":
         raise UsageError(f"form must be auto or feature for .mnn. Got form='matmul', out={out}. Leave it out.")
-    return "feature"
+    static = out.suffix == ".mnn" or precision == "int8" or (out.suffix == ".pte" and spec.M == spec.G)
+    return "feature" if form == "auto" and static else form
 
 
 def _check_calibration(precision: str, calibration: object) -> None:
@@ -163,18 +168,17 @@ def _check_calibration(precision: str, calibration: object) -> None:
         )
 
 
-def _check_quantisable(folded: FoldedShuffleNetV2) -> None:
-    spec = folded.spec
+def _check_quantisable(spec: NetworkSpec, form: FoldForm) -> None:
     if spec.in_channels != 3:
         raise UsageError(
             "A network must take 3 channels to be calibrated on photos. "
             f"Got in_channels={spec.in_channels}. Choose another precision."
         )
-    if spec.M > spec.G or folded.matmul:
+    if spec.M > spec.G or (spec.M and form == "matmul"):
         raise UsageError(
             "For int8 a network must be plain, or have one kernel for each block of inputs (r = 1), in feature form: "
             "others mix the weights of their 1x1 layers anew for each photo, so there are none to round beforehand. "
-            f"Got M={spec.M}, G={spec.G}, form={'matmul' if folded.matmul else 'feature'}. Choose bf16."
+            f"Got M={spec.M}, G={spec.G}, form={form}. Choose bf16."
         )
 
 

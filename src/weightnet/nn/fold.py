@@ -1,8 +1,8 @@
 """From a trained network to its deploy form, exactly.
 
 * Batch norms become factors of the kernels and biases.
-* A generated kernel's gates move to the features (r = 1) or into a batched matrix product (larger r): no convolution is
-  left whose weight is computed.
+* A generated kernel's gates move to the features or into a batched matrix product, whichever is faster: no convolution
+  is left whose weight is computed.
 * A depthwise layer's gain is positive, so it passes through the ReLU before it and joins the gains of the pointwise
   layer there.
 * The channel shuffle becomes the order of the static weights' channels (`weightnet.nn.routes`).
@@ -25,9 +25,14 @@ from weightnet.errors import UsageError
 from weightnet.nn.folded_layers import fold_conv, fold_depthwise, fold_pointwise, fold_reduce, gate_rows, linear
 from weightnet.nn.routes import Slice, Use, channel_runs, join_slices, plan_routes, whole_use
 from weightnet.nn.shufflenet import PlainBlock, ShuffleNetV2, WeightNetBlock
+from weightnet.nn.variants import NetworkSpec
 
 FoldForm = Literal["auto", "feature", "matmul"]
+_Form: TypeAlias = Literal["feature", "matmul"]
 _Block: TypeAlias = PlainBlock | WeightNetBlock
+
+# The size of photos for which forms are chosen: the faster one for a stage is that at most sizes.
+_SIZE_PX = 224
 
 
 class FoldedPlainBlock(nn.Module):
@@ -127,18 +132,18 @@ class FoldedShuffleNetV2(nn.Module):
     Shape: as the network it was made of.
     """
 
-    def __init__(self, network: ShuffleNetV2, *, matmul: bool) -> None:
+    def __init__(self, network: ShuffleNetV2, *, forms: list[_Form]) -> None:
         super().__init__()
-        self.spec, self.card, self.num_features, self.matmul = network.spec, network.card, network.num_features, matmul
+        self.spec, self.card, self.num_features, self.forms = network.spec, network.card, network.num_features, forms
         stem, last, head = cast(Any, (network.first_conv, network.conv_last, network.classifier))
         self.first_conv = fold_conv(stem[0], stem[1])
         use = whole_use(self.spec.stem_channels, max(1, self.spec.G))
-        self.slices = join_slices(use.slices, matmul=matmul)
+        self.slices = join_slices(use.slices, matmul=forms[0] == "matmul")
         self.stages = nn.ModuleList()
         blocks = cast(list[_Block], list(network.features))
-        for repeats in self.spec.stage_repeats:
+        for repeats, form, form_behind in zip(self.spec.stage_repeats, forms, [*forms[1:], forms[-1]], strict=True):
             stage, blocks = blocks[:repeats], blocks[repeats:]
-            folded, use = _fold_stage(stage, use, blocks[0] if blocks else None, matmul=matmul)
+            folded, use = _fold_stage(stage, use, blocks[0] if blocks else None, form, form_behind)
             self.stages.append(folded)
         self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*use.channels)))
         self.classifier = linear(head[0].weight, head[0].bias)
@@ -161,15 +166,15 @@ class FoldedShuffleNetV2(nn.Module):
         return pooled if pre_logits else self.classifier(pooled)
 
 
-def cheapest_folded_form(kernels_per_block: int) -> Literal["feature", "matmul"]:
-    """Return the faster way to compute a generated 1x1 layer whose kernels are mixed of r static ones for each block.
+def cheapest_folded_form(blocks: int, kernels_per_block: int, in_channels: int, pixels: int) -> _Form:
+    """Return the faster way to compute a generated 1x1 layer of G blocks of inputs and r kernels for each.
 
-    With O outputs, I inputs and N pixels, "feature" takes r * O * I * N multiply-adds and r * G * O * N for the gains;
-    "matmul" takes O * I * N and, to mix the kernels, r * O * I. From r = 2 on the first is the larger part by far: at
-    7 x 7 pixels and r = 2, 98 against 51 for each weight. At r = 1 both multiply alike, and what counts is that weights
-    which are the same for every photo are prepacked; docs/static.md has the times of both.
+    With O outputs, I inputs and N pixels, "feature" takes r * O * I * N multiply-adds, and makes r * G maps of O * N
+    numbers to sum up; "matmul" takes O * I * N, and makes r * O * I weights. From r = 2 on the multiply-adds decide: at
+    7 x 7 pixels and r = 2, 98 against 51 for each weight. At r = 1 they are the same, and what is made decides: G - 1
+    maps more than the one that both give, or the weights. docs/static.md has the times.
     """
-    return "feature" if kernels_per_block == 1 else "matmul"
+    return "matmul" if kernels_per_block > 1 or in_channels < (blocks - 1) * pixels else "feature"
 
 
 @torch.no_grad()
@@ -181,8 +186,8 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
     Args:
         network: a trained network; one that is folded already is returned as it is.
         form: how generated pointwise layers are computed: "feature" as static convolutions and gains, "matmul" as a
-            batched matrix product by mixed kernels; "auto" takes the faster one, `cheapest_folded_form`. Plain networks
-            have only one form.
+            batched matrix product by mixed kernels; "auto" takes the faster one for each stage, as
+            `cheapest_folded_form` says for photos of 224 px. Plain networks have only one form.
 
     Raises: UsageError for another form, for what is no network of this package, and for a network that is folded
         already in another form.
@@ -201,20 +206,34 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
     if not isinstance(network, ShuffleNetV2 | FoldedShuffleNetV2):
         given = type(network).__name__
         raise UsageError(f"network must be one of this package. Got network={given}. Load one by weightnet.load.")
-    spec = network.spec
-    matmul = spec.M > 0 and (cheapest_folded_form(spec.M // spec.G) if form == "auto" else form) == "matmul"
+    forms = _stage_forms(network.spec, form)
     if isinstance(network, FoldedShuffleNetV2):
-        if form != "auto" and network.matmul != matmul:
+        if form != "auto" and network.forms != forms:
             raise UsageError(
-                f"A network can be folded once. Got form={form!r} for one that is folded already in the other form. "
+                f"A network can be folded once. Got form={form!r} for one that is folded already in another form. "
                 "Fold the network it was made of."
             )
         return network
     weight = next(network.parameters())
-    return FoldedShuffleNetV2(network, matmul=matmul).to(weight.device, weight.dtype).eval()
+    return FoldedShuffleNetV2(network, forms=forms).to(weight.device, weight.dtype).eval()
 
 
-def _fold_stage(blocks: list[_Block], use: Use, behind: _Block | None, *, matmul: bool) -> tuple[FoldedStage, Use]:
+def _stage_forms(spec: NetworkSpec, form: FoldForm) -> list[_Form]:
+    """Return the form of each stage's pointwise layers."""
+    if not spec.M:
+        return ["feature"] * len(spec.stage_channels)
+    if form != "auto":
+        return [form] * len(spec.stage_channels)
+    sides = [_SIZE_PX // 2 ** (stage + 3) for stage in range(len(spec.stage_channels))]
+    return [
+        cheapest_folded_form(spec.G, spec.M // spec.G, channels // 2, side**2)
+        for channels, side in zip(spec.stage_channels, sides, strict=True)
+    ]
+
+
+def _fold_stage(
+    blocks: list[_Block], use: Use, behind: _Block | None, form: _Form, form_behind: _Form
+) -> tuple[FoldedStage, Use]:
     """Return a folded stage, and what the block behind it takes of it; None is the network's last convolution."""
     consumers = [*blocks[1:], behind]
     groups = [1 if isinstance(consumer, PlainBlock | None) else consumer.wnet1.blocks for consumer in consumers]
@@ -225,9 +244,10 @@ def _fold_stage(blocks: list[_Block], use: Use, behind: _Block | None, *, matmul
         if isinstance(block, PlainBlock):
             folded.append(FoldedPlainBlock(block, use.channels, emitted))
         else:
-            folded.append(FoldedWeightNetBlock(block, use, emitted, matmul=matmul))
+            folded.append(FoldedWeightNetBlock(block, use, emitted, matmul=form == "matmul"))
         use = routes.uses[index]
-    slices = [join_slices(use.slices, matmul=matmul) for use in routes.uses]
+    forms = [form] * (len(blocks) - 1) + [form_behind]
+    slices = [join_slices(use.slices, matmul=form == "matmul") for use, form in zip(routes.uses, forms, strict=True)]
     gated = [isinstance(consumer, WeightNetBlock) for consumer in consumers]
     pooled = [list(use.pooled) if gates else [] for use, gates in zip(routes.uses, gated, strict=True)]
     return FoldedStage(folded, slices, pooled), use
