@@ -107,11 +107,11 @@ def default_output() -> str:
     return f"```text\n{written.getvalue().rstrip()}\n```"
 
 
-def table(script: str, title: str) -> str:
-    """Return one of the tables that the study, or a script of benchmarks/, makes of its results."""
-    results = STUDY / "results.json" if script == "study" else BENCHMARKS / "results" / f"{script}.json"
-    report = json.loads(results.read_text(encoding="utf-8"))
-    made: str = importlib.import_module(script).tables(report)[title]
+def table(results: str, title: str) -> str:
+    """Return a table that the study, or a script of benchmarks/, makes of results: those of its name, or NAME_avx2."""
+    file = STUDY / "results.json" if results == "study" else BENCHMARKS / "results" / f"{results}.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    made: str = importlib.import_module(results.removesuffix("_avx2")).tables(report)[title]
     return made
 
 
@@ -129,7 +129,7 @@ def part_pattern(name: str) -> re.Pattern[str]:
 
 
 def table_parts(path: Path) -> dict[str, Callable[[], str]]:
-    """Return the parts of a page of docs/, whose names are "SCRIPT, title of a table"."""
+    """Return the parts of a page of docs/, whose names are "RESULTS, title of a table"."""
     names = re.findall("<!-- from the program: (.*) -->", path.read_text(encoding="utf-8"))
     return {name: functools.partial(table, *name.split(", ", 1)) for name in names}
 

@@ -223,10 +223,11 @@ def test_tables_of_the_docs_are_those_of_the_results(updater: dict[str, Any]) ->
             assert updater["part_pattern"](name).search(page)[2] == make()
 
 
-def test_benchmark_results_are_of_their_schema() -> None:
+@pytest.mark.parametrize("name", ["inference", "inference_avx2"])
+def test_benchmark_results_are_of_their_schema(name: str) -> None:
     schema, results = (
-        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
-        for name in ("inference.schema.json", "results/inference.json")
+        json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8"))
+        for file in ("inference.schema.json", f"results/{name}.json")
     )
     jsonschema_rs.validate(schema, results)
 
