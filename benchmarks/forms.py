@@ -4,8 +4,8 @@
     python benchmarks/forms.py --table benchmarks/results/forms.json
 
 WeightNet networks of r = 1 and 4 at 224 px, one photo and eight, with products (the form "matmul") in none of the three
-stages, in the first, in two and in all; in the table what `fold` chooses is bold. All take turns, one run each a round:
-figures are medians, in milliseconds. Networks are those of `inference.py`.
+stages, in the first, in two and in all; in the table what `fold` chooses is bold. These four take turns: figures are
+medians, in milliseconds. Networks are those of `inference.py`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ NETWORKS = (
     "shufflenet_v2_x1_0.wn4x",
     "shufflenet_v2_x0_5.wn8x",
 )
+Run = Callable[[np.ndarray[Any, Any]], Any]
+
 STAGES, ENGINES, BATCHES = 3, ("onnxruntime", "openvino"), (1, 8)
 
 
@@ -43,26 +46,36 @@ def measure(rounds: int) -> dict[str, Any]:
     from weightnet.predict.engines import open_engine
 
     times: dict[str, list[float]] = {}
-    runs, chosen = {}, {}
+    chosen = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in NETWORKS:
             network = network_of(name)
             chosen[name] = weightnet.fold(network).forms
-            for products in range(STAGES + 1):
-                folded = FoldedShuffleNetV2(network, forms=forms_of(products)).float().eval()
-                for engine in ENGINES:
+            folded = [FoldedShuffleNetV2(network, forms=forms_of(n)).float().eval() for n in range(STAGES + 1)]
+            for engine in ENGINES:
+                runs = []
+                for products, one in enumerate(folded):
                     file = Path(folder) / f"{name}_{products}{FILES[engine]}"
-                    weightnet.export_model(folded, file)
-                    runs[f"{name}|{products}|{engine}"] = open_engine(file).run
-        for batch in BATCHES:
-            photos = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
-            for turn in range(rounds + 1):
-                for key, run in runs.items():
-                    begun_at = time.perf_counter()
-                    run(photos)
-                    if turn:  # the first one warms up
-                        times.setdefault(f"{key}|{batch}", []).append(1e3 * (time.perf_counter() - begun_at))
+                    weightnet.export_model(one, file)
+                    runs.append(open_engine(file).run)
+                for batch in BATCHES:
+                    for products, ms in enumerate(in_turns(runs, batch, rounds)):
+                        times[f"{name}|{products}|{engine}|{batch}"] = ms
     return {"ms": {key: round(statistics.median(ms), 3) for key, ms in times.items()}, "chosen": chosen}
+
+
+def in_turns(runs: Sequence[Run], batch: int, rounds: int) -> list[list[float]]:
+    """Return the milliseconds of each, which run one after the other: once unmeasured, to have its weights at hand."""
+    photos = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
+        for run, ms in zip(runs, times, strict=True):
+            run(photos)
+            begun_at = time.perf_counter()
+            run(photos)
+            if turn:  # the first one warms up
+                ms.append(1e3 * (time.perf_counter() - begun_at))
+    return times
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
