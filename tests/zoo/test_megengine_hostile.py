@@ -31,11 +31,8 @@ def binary(value: bytes) -> bytes:
 
 def integer(value: int) -> bytes:
     """Opcodes that push an integer."""
-    return (
-        b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
-        if abs(value) >= 1 << 63
-        else (b"\x8a\x08" + value.to_bytes(8, "little", signed=True))
-    )
+    width = 9 if abs(value) >= 1 << 63 else 8
+    return b"\x8a" + bytes([width]) + value.to_bytes(width, "little", signed=True)
 
 
 def name(module: str, qualname: str) -> bytes:
