@@ -29,9 +29,9 @@ NETWORKS = (
     "shufflenet_v2_x1_0.wn4x",
     "shufflenet_v2_x0_5.wn8x",
 )
-Run = Callable[[np.ndarray[Any, Any]], Any]
-
 STAGES, ENGINES, BATCHES = 3, ("onnxruntime", "openvino"), (1, 8)
+
+Run = Callable[[np.ndarray[Any, Any]], Any]
 
 
 def forms_of(products: int) -> list[Literal["feature", "matmul"]]:

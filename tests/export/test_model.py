@@ -338,6 +338,8 @@ def test_export_program_refuses_a_network_for_photos_of_one_last_pixel(small, tm
 def test_export_refuses_the_form_that_mnn_cannot_run(small, tmp_path):
     with pytest.raises(UsageError, match=r"form must be auto or feature for \.mnn\. Got form='matmul'"):
         export_model(small("r1"), tmp_path / "net.mnn", form="matmul")
+    with pytest.raises(UsageError, match=r"Fold the network that it was made of, with form='feature'"):
+        export_model(fold(small("r1")), tmp_path / "net.mnn")
     assert list(tmp_path.iterdir()) == []
 
 

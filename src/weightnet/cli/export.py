@@ -39,7 +39,7 @@ def export(
             computes in single precision; bf16, for .xml, also computes in bfloat16 where the processor has it; int8,
             for .xml, computes convolutions in 8-bit integers, and needs --calibration.
         form: How generated 1x1 layers are computed: feature as static convolutions and gains, matmul as a batched
-            matrix product by mixed kernels; auto takes the faster one.
+            matrix product by mixed kernels; auto takes the faster one for each stage of the network.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
             class_weights the classifier's weights, by which features become the heat map of a class.
         preprocessing: Put the preprocessing, but for resize and crop, into an .onnx or .xml file: it takes photos

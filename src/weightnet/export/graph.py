@@ -160,10 +160,6 @@ def _split(writer: GraphWriter, name: str, x: str, sizes: list[int], axis: int) 
     return writer.ops("Split", [x, writer.integers(f"{name}.sizes", sizes)], name, outputs, {"axis": axis})
 
 
-def _chunk(writer: GraphWriter, name: str, x: str, parts: int, axis: int) -> list[str]:
-    return writer.equal_parts(x, parts, axis, name)
-
-
 def _item(writer: GraphWriter, name: str, x: _Value, which: int | tuple[slice, slice]) -> str:
     if isinstance(which, int):
         return x[which]
@@ -282,7 +278,7 @@ def _product_with_maps(
 
 # What each step and each layer becomes; their arguments are those of the traced call.
 _STEPS: dict[Any, Callable[..., _Value]] = {
-    "chunk": _chunk,
+    "chunk": GraphWriter.equal_parts,
     "mean": _mean,
     "sigmoid": _sigmoid,
     "split": _split,

@@ -28,7 +28,7 @@ def product_with_pixels(
         gate = writer.op("Reshape", [gate, rows], f"{name}.gates.{group}")
         gate = writer.op("Transpose", [gate], f"{name}.rows.{group}", {"perm": (0, 2, 1)})
         # One gate after the other, unlike columns.
-        gates_B1O = writer.equal_parts(gate, mixed, 1, f"{name}.scales.{group}")
+        gates_B1O = writer.equal_parts(f"{name}.scales.{group}", gate, mixed, 1)
         column = writer.integers(f"column_{outputs}", (0, outputs, 1))
         gates_BO1 = [writer.op("Reshape", [gate_B1O, column], f"{gate_B1O}.column") for gate_B1O in gates_B1O]
         bank_POI = bank_OPI.transpose(0, 1)
@@ -53,7 +53,7 @@ def sum_of_moved(writer: GraphWriter, name: str, layer: GainDepthwise, x: str, g
     pixel_axes = writer.integers("pixel_axes", (1, 2))
     gates_B11C = [writer.op("Unsqueeze", [gain, pixel_axes], f"{gain}.{name}.pixel") for gain in gains]
     kernel_B1TC = _mixed(writer, f"{name}.mixed", gates_B11C, f"{name}.bank", bank_PTC)
-    taps_B11C = writer.equal_parts(kernel_B1TC, size * size, 2, f"{name}.taps")
+    taps_B11C = writer.equal_parts(f"{name}.taps", kernel_B1TC, size * size, 2)
     parts = _parts(writer, writer.channels_last(x, len(layer.bias)), stride)
     places = [divmod(tap - padding, stride) for tap in range(size)]  # of a tap: whole strides, and which part
     y = ""

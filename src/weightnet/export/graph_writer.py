@@ -51,7 +51,7 @@ class GraphWriter:
             self.op(kind, inputs, name, attributes)
         return name
 
-    def equal_parts(self, x: str, parts: int, axis: int, name: str) -> list[str]:
+    def equal_parts(self, name: str, x: str, parts: int, axis: int) -> list[str]:
         """Write the equal parts of a value and return their names."""
         outputs = [f"{name}.{part}" for part in range(parts)]
         return self.ops("Split", [x], name, outputs, {"axis": axis, "num_outputs": parts})

@@ -54,7 +54,8 @@ def export_model(
             large: the numbers computed with them are in single precision all the same; or, for .xml, "bf16": such
             weights, and numbers computed in bfloat16 where the processor has it; or "int8": convolutions in 8-bit
             integers, of plain networks and those with one kernel for each block of inputs (r = 1).
-        form: how generated 1x1 layers are computed, as in `fold`.
+        form: how generated 1x1 layers are computed, as in `fold`; "auto" is "feature" for int8, for .mnn and, where
+            r = 1, for .pte.
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.

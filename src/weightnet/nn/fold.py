@@ -57,7 +57,7 @@ class FoldedPlainBlock(nn.Module):
 
 
 class FoldedWeightNetBlock(nn.Module):
-    """A WeightNet block as static convolutions and gains; it returns its producers' outputs.
+    """A WeightNet block as static convolutions and gains, or products; it returns its producers' outputs.
 
     Besides its inputs it takes the means, over the pixels, of all maps that these are cut from. The gates of all its
     layers come from one product. For r = 1 the gain of the depthwise layer is applied together with those of the
@@ -127,7 +127,7 @@ class FoldedStage(nn.Module):
 
 
 class FoldedShuffleNetV2(nn.Module):
-    """The deploy form of a `ShuffleNetV2`, made by `fold`: the same numbers by static convolutions and gains.
+    """The deploy form of a `ShuffleNetV2`, made by `fold`: the same numbers by static weights, gains and products.
 
     Shape: as the network it was made of.
     """
@@ -211,7 +211,7 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
         if form != "auto" and network.forms != forms:
             raise UsageError(
                 f"A network can be folded once. Got form={form!r} for one that is folded already in another form. "
-                "Fold the network it was made of."
+                f"Fold the network that it was made of, with form={form!r}."
             )
         return network
     weight = next(network.parameters())
@@ -246,8 +246,8 @@ def _fold_stage(
         else:
             folded.append(FoldedWeightNetBlock(block, use, emitted, matmul=form == "matmul"))
         use = routes.uses[index]
-    forms = [form] * (len(blocks) - 1) + [form_behind]
-    slices = [join_slices(use.slices, matmul=form == "matmul") for use, form in zip(routes.uses, forms, strict=True)]
+    taken_by = [form] * (len(blocks) - 1) + [form_behind]
+    slices = [join_slices(use.slices, matmul=of == "matmul") for use, of in zip(routes.uses, taken_by, strict=True)]
     gated = [isinstance(consumer, WeightNetBlock) for consumer in consumers]
     pooled = [list(use.pooled) if gates else [] for use, gates in zip(routes.uses, gated, strict=True)]
     return FoldedStage(folded, slices, pooled), use
