@@ -1,8 +1,10 @@
 """Fixtures shared by all tests."""
 
 import dataclasses
+import io
 import os
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,17 @@ ROOT = Path(__file__).parents[1]
 LABELS = ("cat", "dog", "fox", "tree", "house")
 
 os.environ["COLUMNS"] = "100"  # a command of the program keeps the width that it first wrote in
+
+
+def write_tar(path: Path, members: Mapping[str, bytes], *, format: int = tarfile.PAX_FORMAT) -> Path:
+    """Write a tar file, in a folder that is made where it lacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
 
 
 @pytest.fixture(scope="session")

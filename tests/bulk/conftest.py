@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from pyarrow import parquet
 
 from weightnet.bulk.pipeline import Summary, classify_many
 from weightnet.bulk.worker import BulkConfig
+
+from ..conftest import write_tar
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +32,7 @@ def png(seed: int) -> bytes:
 
 def shard(path: Path, members: dict[str, bytes]) -> str:
     """Write a tar file."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
+    return str(write_tar(path, members))
 
 
 def table(path: Path, cells: list[Any], kind: Any, *, name: str = "image", group: int = 1000) -> str:

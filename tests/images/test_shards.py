@@ -14,6 +14,8 @@ from weightnet.errors import DataError, ImageError
 from weightnet.images import shards
 from weightnet.images.shards import index_shard, read_member
 
+from ..conftest import write_tar
+
 MEMBERS = {
     "a/0001.jpg": b"first photo",
     "a/0001.cls": b"7\n",
@@ -26,15 +28,6 @@ MEMBERS = {
     "a/notes.txt": b"no photo",
     "a/._0001.jpg": b"a Mac's shadow",
 }
-
-
-def pack(path: Path, members: dict[str, bytes] = MEMBERS, format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def patched_header(path: Path, offset: int, size_field: bytes) -> None:
@@ -50,12 +43,12 @@ def patched_header(path: Path, offset: int, size_field: bytes) -> None:
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    return pack(tmp_path / "s.tar")
+    return write_tar(tmp_path / "s.tar", MEMBERS)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_index_finds_the_photos_with_their_keys_and_labels(tmp_path, format):
-    index = index_shard(pack(tmp_path / "s.tar", format=format))
+    index = index_shard(write_tar(tmp_path / "s.tar", MEMBERS, format=format))
     assert index.names == ("a/0001.jpg", "a/0002.jpeg", "a/0003.PNG", "b.c/0001.seg.webp")
     assert index.keys == ("a/0001", "a/0002", "a/0003", "b.c/0001")
     assert index.labels.tolist() == [7, 3, -1, 0]
@@ -63,11 +56,11 @@ def test_index_finds_the_photos_with_their_keys_and_labels(tmp_path, format):
 
 
 def test_index_without_labels_has_none(tmp_path):
-    assert index_shard(pack(tmp_path / "s.tar", {"x.jpg": b"x"})).labels is None
+    assert index_shard(write_tar(tmp_path / "s.tar", {"x.jpg": b"x"})).labels is None
 
 
 def test_index_of_an_empty_archive_is_empty(tmp_path):
-    index = index_shard(pack(tmp_path / "s.tar", {}))
+    index = index_shard(write_tar(tmp_path / "s.tar", {}))
     assert len(index) == 0
     assert index.offsets.shape == (0,)
 
@@ -75,7 +68,7 @@ def test_index_of_an_empty_archive_is_empty(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_index_reads_long_names_and_bytes_that_are_not_text(tmp_path, format):
     name = "d" * 90 + "/" + "e" * 200 + "ü\udcff.jpg"
-    path = pack(tmp_path / "s.tar", {name: b"photo"}, format)
+    path = write_tar(tmp_path / "s.tar", {name: b"photo"}, format=format)
     index = index_shard(path)
     assert index.names == (name,)
     assert index_shard(path).names == (name,)  # the kept one
@@ -123,7 +116,7 @@ def test_index_kept_in_a_folder_leaves_the_shards_own_alone(shard, tmp_path):
 
 def test_index_of_a_changed_shard_is_made_again(shard):
     index_shard(shard)
-    pack(shard, {"new.jpg": b"x"})
+    write_tar(shard, {"new.jpg": b"x"})
     os.utime(shard, ns=(0, time.time_ns() + 10**9))
     assert index_shard(shard).names == ("new.jpg",)
 
@@ -168,7 +161,7 @@ def test_index_refuses_joined_archives(shard):
 
 def test_index_refuses_a_photo_named_twice(tmp_path):
     path = tmp_path / "s.tar"
-    pack(path, {"x.jpg": b"1"})
+    write_tar(path, {"x.jpg": b"1"})
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("x.jpg"), io.BytesIO())
     with pytest.raises(DataError, match=r"name each photo once. Got 'x\.jpg'"):
@@ -194,7 +187,7 @@ def test_index_refuses_impossible_sizes(shard, size, kind):
 
 
 def test_index_refuses_a_header_that_fills_the_memory(tmp_path):
-    path = pack(tmp_path / "s.tar", {"x" * 200 + ".jpg": b"1"}, tarfile.GNU_FORMAT)
+    path = write_tar(tmp_path / "s.tar", {"x" * 200 + ".jpg": b"1"}, format=tarfile.GNU_FORMAT)
     patched_header(path, 0, b"%011o\0" % (2 << 30))
     os.truncate(path, 3 << 30)
     with pytest.raises(DataError, match="header of 2147483648 bytes"):
@@ -202,7 +195,7 @@ def test_index_refuses_a_header_that_fills_the_memory(tmp_path):
 
 
 def test_index_refuses_a_sparse_photo(tmp_path):
-    path = pack(tmp_path / "s.tar", {"x.jpg": b"1"}, tarfile.GNU_FORMAT)
+    path = write_tar(tmp_path / "s.tar", {"x.jpg": b"1"}, format=tarfile.GNU_FORMAT)
     raw = bytearray(path.read_bytes())
     raw[156:157] = b"S"
     path.write_bytes(raw)

@@ -1,7 +1,5 @@
 """Labelled photos in tar shards give what the same photos in class folders give."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import cv2
@@ -14,21 +12,14 @@ from weightnet.predict.evaluate import evaluate
 from weightnet.predict.labelled import LabelledPhotos, read_labelled_photos
 from weightnet.predict.report import render_report
 
+from ..conftest import write_tar
+
 FOLDERS = ("dog", "cat", "house")  # in the order of the shards' numbers, which is not the model's
 
 
 @pytest.fixture(scope="module")
 def classifier(tiny_network) -> Classifier:
     return Classifier(tiny_network, device="cpu", batch_size=4)
-
-
-def pack(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -45,7 +36,7 @@ def data(tmp_path: Path) -> Path:
             (tmp_path / "folders" / folder / f"{photo}.png").write_bytes(picture)
             shards[photo % 2] |= {f"./{folder}/{photo}.png": picture, f"./{folder}/{photo}.cls": str(number).encode()}
     for number, members in enumerate(shards):
-        pack(tmp_path / "shards" / "val" / f"{number}.tar", members)
+        write_tar(tmp_path / "shards" / "val" / f"{number}.tar", members)
     (tmp_path / "shards" / "classes.csv").write_text("\n".join(["label", *FOLDERS]))
     return tmp_path
 
@@ -92,7 +83,7 @@ def test_table_that_does_not_fit_is_refused(classifier, data, table, message):
 
 def test_number_beyond_the_models_classes_is_refused(classifier, data):
     (data / "shards" / "classes.csv").unlink()
-    pack(data / "shards" / "val" / "2.tar", {"a.png": b"", "a.cls": b"7"})
+    write_tar(data / "shards" / "val" / "2.tar", {"a.png": b"", "a.cls": b"7"})
     with pytest.raises(DataError, match=r"must be one of the model's 5 classes, without classes.csv.* Got 7"):
         read_labelled_photos(data / "shards", classifier.card.classes)
 
@@ -107,5 +98,5 @@ def test_shard_that_shrinks_meanwhile_is_said(classifier, data):
 
 
 def test_class_folders_count_before_shards(classifier, data):
-    pack(data / "folders" / "rest.tar", {"a.png": b""})
+    write_tar(data / "folders" / "rest.tar", {"a.png": b""})
     assert len(read_labelled_photos(data / "folders", classifier.card.classes)) == 15

@@ -1,8 +1,5 @@
 """Tests of training on tar shards."""
 
-import io
-import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,30 +11,20 @@ from weightnet.train.folders import PhotoFolder, read_folders
 from weightnet.train.loop import fit
 from weightnet.train.shards import PhotoShards, read_photos, read_shards
 
+from ..conftest import write_tar
 from .conftest import MakeConfig
-
-Member = tuple[str, bytes]
-
-
-def write_shard(path: Path, members: Iterable[Member]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 def pack(folder: PhotoFolder, split: Path, shards: int = 3) -> None:
     """Pack a split's photos, in their order, into some shards."""
     bounds = [len(folder) * part // shards for part in range(shards + 1)]
     for part in range(shards):
-        members: list[Member] = []
+        members: dict[str, bytes] = {}
         for index in range(bounds[part], bounds[part + 1]):
             name = f"{index:06}"
-            members += [(f"{name}.cls", str(folder.labels[index]).encode())]
-            members += [(f"{name}.png", Path(str(folder.source(index))).read_bytes())]
-        write_shard(split / f"{part:03}.tar", members)
+            members[f"{name}.cls"] = str(folder.labels[index]).encode()
+            members[f"{name}.png"] = Path(str(folder.source(index))).read_bytes()
+        write_tar(split / f"{part:03}.tar", members)
 
 
 @pytest.fixture
@@ -74,7 +61,7 @@ def test_fit_on_shards_equals_fit_on_folders(shards: Path, make_config: MakeConf
 
 
 def test_fit_counts_photos_that_a_shard_does_not_hold_whole(shards: Path, make_config: MakeConfig) -> None:
-    write_shard(shards / "train" / "003.tar", [("a.cls", b"0"), ("a.jpg", b"no photo")])
+    write_tar(shards / "train" / "003.tar", {"a.cls": b"0", "a.jpg": b"no photo"})
     config = make_config(data=str(shards))
     fit(config)
     assert "train/003.tar/a.jpg" in Path(config.out, "unreadable.csv").read_text()
@@ -101,29 +88,29 @@ def test_read_shards_without_a_table_numbers_classes(shards: Path) -> None:
 
 def test_read_shards_of_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        members = [(f"{i}.{kind}", str(i).encode()) for i in range(1000) for kind in ("jpg", "cls")]
-        write_shard(tmp_path / split / "a.tar", members)
+        members = {f"{i}.{kind}": str(i).encode() for i in range(1000) for kind in ("jpg", "cls")}
+        write_tar(tmp_path / split / "a.tar", members)
     assert read_shards(tmp_path)[0].classes == imagenet_classes()
 
 
 @pytest.mark.parametrize(
     ("split", "members", "table", "problem"),
     [
-        ("train", [("a.jpg", b"")], "", r"class number beside it, as KEY.cls. Got a.jpg in .*9.tar without one"),
-        ("train", [("a.jpg", b""), ("a.cls", b"one")], "", "Got a.jpg in .*9.tar without one"),
-        ("train", [("a.jpg", b""), ("a.cls", b"-1")], "", "Got a.jpg in .*9.tar without one"),
-        ("train", [("a.jpg", b""), ("a.cls", b"9000000")], "", "at most 1000000. Got 9000000"),
-        ("train", [("a.jpg", b""), ("a.cls", b"4")], "", r"Got 5 classes, without photos: \[3\]"),
-        ("val", [("a.jpg", b""), ("a.cls", b"3")], "", "one of the 3 in training, counted from 0. Got 3"),
-        ("train", [], "label\na\nb\n", "Got 2 rows and the class number 2"),
-        ("train", [], "label\na\nb\nc\nd\n", r"Got 4 classes, without photos: \[3\]"),
-        ("train", [], "label\na\nb\nb\n", "no two the same. Got 'b'"),
-        ("train", [], "name\na\nb\nc\n", "must have the columns label"),
-        ("train", [], "label,imagenet_index\na,1\nb,x\nc,3\n", "Got 'x' for b"),
+        ("train", {"a.jpg": b""}, "", r"class number beside it, as KEY.cls. Got a.jpg in .*9.tar without one"),
+        ("train", {"a.jpg": b"", "a.cls": b"one"}, "", "Got a.jpg in .*9.tar without one"),
+        ("train", {"a.jpg": b"", "a.cls": b"-1"}, "", "Got a.jpg in .*9.tar without one"),
+        ("train", {"a.jpg": b"", "a.cls": b"9000000"}, "", "at most 1000000. Got 9000000"),
+        ("train", {"a.jpg": b"", "a.cls": b"4"}, "", r"Got 5 classes, without photos: \[3\]"),
+        ("val", {"a.jpg": b"", "a.cls": b"3"}, "", "one of the 3 in training, counted from 0. Got 3"),
+        ("train", {}, "label\na\nb\n", "Got 2 rows and the class number 2"),
+        ("train", {}, "label\na\nb\nc\nd\n", r"Got 4 classes, without photos: \[3\]"),
+        ("train", {}, "label\na\nb\nb\n", "no two the same. Got 'b'"),
+        ("train", {}, "name\na\nb\nc\n", "must have the columns label"),
+        ("train", {}, "label,imagenet_index\na,1\nb,x\nc,3\n", "Got 'x' for b"),
     ],
 )
-def test_read_shards_refuses(shards: Path, split: str, members: list[Member], table: str, problem: str) -> None:
-    write_shard(shards / split / "9.tar", members)
+def test_read_shards_refuses(shards: Path, split: str, members: dict[str, bytes], table: str, problem: str) -> None:
+    write_tar(shards / split / "9.tar", members)
     if table:
         (shards / "classes.csv").write_text(table)
     else:
