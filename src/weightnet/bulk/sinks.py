@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from weightnet.bulk.tables import import_parquet
-from weightnet.predict.classifier import ClassScore, is_known, short_floats
+from weightnet.predict.classifier import ClassScore, is_known, short_floats, table_columns
 from weightnet.predict.interface import Batch
 from weightnet.zoo.cards import write_atomically
 
@@ -125,10 +125,11 @@ def _csv(rows: Iterable[Row], layout: Layout) -> bytes:
     """A table with the columns of `weightnet predict --csv`: in UTF-8, paths byte for byte."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\r\n")  # both characters, so that it quotes cells with either
-    columns = csv_columns(layout)
-    table.writerow(["path", "status", "error", *columns])
+    columns = table_columns(layout.width, embeddings=layout.embeddings, known=layout.known_from is not None)
+    table.writerow(columns)
     for path, answer in rows:
-        cells: list[Any] = []
+        error = answer if isinstance(answer, str) else None
+        cells: list[Any] = [path, "ok" if error is None else "error", error]
         if layout.known_from is not None:
             known = layout.known(answer)
             cells.append(None if known is None else json.dumps(known))
@@ -136,21 +137,8 @@ def _csv(rows: Iterable[Row], layout: Layout) -> bytes:
             cells += short_floats(answer)
         elif not isinstance(answer, str):
             cells += [cell for score in answer for cell in (score.label, score.index, score.probability)]
-        error = answer if isinstance(answer, str) else None
-        cells += [None] * (len(columns) - len(cells))
-        table.writerow([path, "ok" if error is None else "error", error, *cells])
+        table.writerow(cells + [None] * (len(columns) - len(cells)))
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def csv_columns(layout: Layout) -> list[str]:
-    """Return the columns of a table after path, status and error.
-
-    >>> csv_columns(Layout(embeddings=False, width=2))
-    ['label1', 'index1', 'probability1', 'label2', 'index2', 'probability2']
-    """
-    names = ("pre_logits",) if layout.embeddings else ("label", "index", "probability")
-    columns = [f"{name}{number}" for number in range(1, layout.width + 1) for name in names]
-    return columns if layout.known_from is None else ["known", *columns]
 
 
 def _parallel(answer: Answer) -> dict[str, list[Any]]:

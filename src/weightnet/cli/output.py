@@ -170,13 +170,13 @@ class _CsvRows:
     """
 
     def __init__(self, results: Results, columns: int, *, embeddings: bool, known: bool) -> None:
+        from weightnet.predict.classifier import table_columns
+
         self._results = results
         self._row = io.StringIO()
         self._table = csv.writer(self._row, lineterminator="\r\n")  # both, so that it quotes cells with either
         self._path = printable_path if results.is_terminal else str
-        each = ("pre_logits",) if embeddings else ("label", "index", "probability")
-        names = ["path", "status", "error", *(["known"] if known else [])]
-        names += [f"{name}{rank}" for rank in range(1, columns + 1) for name in each]
+        names = table_columns(columns, embeddings=embeddings, known=known)
         self._columns, self._known = len(names), known
         self._write(names)
 

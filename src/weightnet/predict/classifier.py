@@ -327,6 +327,23 @@ def short_floats(vector: Batch) -> list[float]:
     return [float(str(number)) for number in vector]
 
 
+def table_columns(width: int, *, embeddings: bool, known: bool) -> list[str]:
+    """Return the columns of a table of predictions or embeddings.
+
+    Args:
+        width: how many classes, or numbers of an embedding, a row has room for.
+        embeddings: whether the rows are embeddings.
+        known: whether there is a column for what the model does not know.
+
+    Example:
+        >>> table_columns(1, embeddings=False, known=True)
+        ['path', 'status', 'error', 'known', 'label1', 'index1', 'probability1']
+    """
+    each = ("pre_logits",) if embeddings else ("label", "index", "probability")
+    ranked = [f"{name}{rank}" for rank in range(1, width + 1) for name in each]
+    return ["path", "status", "error", *(["known"] if known else []), *ranked]
+
+
 def _finite(output: Batch) -> Outcome:
     if np.isfinite(output).all():
         return output
