@@ -3,9 +3,10 @@
     python benchmarks/forms.py [--rounds N] [--out benchmarks/results/forms.json]
     python benchmarks/forms.py --table benchmarks/results/forms.json
 
-WeightNet networks of r = 1 and 4 at 224 px, one photo and eight, with products (the form "matmul") in none of the three
-stages, in the first, in two and in all; in the table what `fold` chooses is bold. These four take turns: figures are
-medians, in milliseconds. Networks are those of `inference.py`.
+WeightNet networks of r = 1, 4 and 8 at 224 px, one photo and eight, with products (the form "matmul") in none of the
+three stages, in the first, in two and in all; in the table what `fold` chooses is bold. Then, in OpenVINO, what it
+chooses with the blocks' inputs joined of slices and selected from two maps, beside plain networks. What is compared
+takes turns: figures are medians, in milliseconds. Networks are those of `inference.py`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from inference import FILES, SIZE_PX, child, commit, machine, network_of, show
+from inference import FILES, SIZE_PX, child, commit, machine, network_of, plain_twin, show
 
 NETWORKS = (
     "shufflenet_v2_x0_5",
@@ -30,6 +31,7 @@ NETWORKS = (
     "shufflenet_v2_x0_5.wn8x",
 )
 STAGES, ENGINES, BATCHES = 3, ("onnxruntime", "openvino"), (1, 8)
+SELECTING = (*sorted({plain_twin(name) for name in NETWORKS}), *NETWORKS)
 
 Run = Callable[[np.ndarray[Any, Any]], Any]
 
@@ -40,28 +42,43 @@ def forms_of(products: int) -> list[Literal["feature", "matmul"]]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Return the median of each network, number of stages, engine and batch, and what each network is folded into."""
+    """Return the median of each network, way, engine and batch, and what each network is folded into."""
     import weightnet
     from weightnet.nn.fold import FoldedShuffleNetV2
+
+    times: dict[str, float] = {}
+    chosen = {}
+    for name in NETWORKS:
+        network = network_of(name)
+        chosen[name] = weightnet.fold(network).forms
+        for engine in ENGINES:
+            folded = {
+                str(products): FoldedShuffleNetV2(network, forms=forms_of(products), select=engine == "openvino")
+                for products in range(STAGES + 1)
+            }
+            times |= medians(name, {way: one.float().eval() for way, one in folded.items()}, engine, rounds)
+    for name in SELECTING:
+        network = network_of(name)
+        both = {way: weightnet.fold(network, select=way == "selected") for way in ("joined", "selected")}
+        times |= medians(name, both, "openvino", rounds)
+    return {"ms": times, "chosen": chosen}
+
+
+def medians(name: str, folded: dict[str, Any], engine: str, rounds: int) -> dict[str, float]:
+    """Return the median of each way that a network is folded, with each batch, in turns."""
+    import weightnet
     from weightnet.predict.engines import open_engine
 
-    times: dict[str, list[float]] = {}
-    chosen = {}
+    times = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in NETWORKS:
-            network = network_of(name)
-            chosen[name] = weightnet.fold(network).forms
-            folded = [FoldedShuffleNetV2(network, forms=forms_of(n)).float().eval() for n in range(STAGES + 1)]
-            for engine in ENGINES:
-                runs = []
-                for products, one in enumerate(folded):
-                    file = Path(folder) / f"{name}_{products}{FILES[engine]}"
-                    weightnet.export_model(one, file)
-                    runs.append(open_engine(file).run)
-                for batch in BATCHES:
-                    for products, ms in enumerate(in_turns(runs, batch, rounds)):
-                        times[f"{name}|{products}|{engine}|{batch}"] = ms
-    return {"ms": {key: round(statistics.median(ms), 3) for key, ms in times.items()}, "chosen": chosen}
+        files = {way: Path(folder) / f"{way}{FILES[engine]}" for way in folded}
+        for way, file in files.items():
+            weightnet.export_model(folded[way], file)
+        runs = [open_engine(file).run for file in files.values()]
+        for batch in BATCHES:
+            for way, ms in zip(folded, in_turns(runs, batch, rounds), strict=True):
+                times[f"{name}|{way}|{engine}|{batch}"] = round(statistics.median(ms), 3)
+    return times
 
 
 def in_turns(runs: Sequence[Run], batch: int, rounds: int) -> list[list[float]]:
@@ -79,7 +96,7 @@ def in_turns(runs: Sequence[Run], batch: int, rounds: int) -> list[list[float]]:
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
-    """Return the figures as a table in Markdown, by its title."""
+    """Return the figures as tables in Markdown, by their titles."""
     lines = ["| network | engine | photos | none | 1st | 1st and 2nd | all |", "|---" * 7 + "|"]
     for name, engine, batch in itertools.product(NETWORKS, ENGINES, BATCHES):
         cells = []
@@ -87,7 +104,11 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
             ms = f"{report['ms'][f'{name}|{products}|{engine}|{batch}']:.3g}"
             cells.append(f"**{ms}**" if forms_of(products) == report["chosen"][name] else ms)
         lines.append(f"| `{name}` | {engine} | {batch} | {' | '.join(cells)} |")
-    return {"stages by products": "\n".join(lines)}
+    selecting = ["| network | photos | joined | selected | ratio |", "|---" * 5 + "|"]
+    for name, batch in itertools.product(SELECTING, BATCHES):
+        joined, selected = (report["ms"][f"{name}|{way}|openvino|{batch}"] for way in ("joined", "selected"))
+        selecting.append(f"| `{name}` | {batch} | {joined:.3g} | {selected:.3g} | {selected / joined:.2f} |")
+    return {"stages by products": "\n".join(lines), "inputs joined and selected": "\n".join(selecting)}
 
 
 def main() -> None:

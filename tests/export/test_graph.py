@@ -1,5 +1,6 @@
 """The graph of a folded network: its structure, its names and its open sizes. Its numbers are tested in test_model."""
 
+import itertools
 import sys
 from collections import Counter
 
@@ -88,14 +89,21 @@ def test_graph_for_openvino_multiplies_maps_and_not_gains_by_the_gain_of_a_depth
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_gives_the_same_numbers_for_openvino(small, name, sides):
     x = np.random.default_rng(0).standard_normal((3, 3, *sides), np.float32)
-    folded = fold(small(name))
     given = []
-    for openvino in (False, True):
-        model = build_graph(folded, OUTPUTS, openvino=openvino)
+    for select, openvino in itertools.product((False, True), repeat=2):
+        model = build_graph(fold(small(name), select=select), OUTPUTS, openvino=openvino)
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         given.append(session.run(None, {"input": x}))
-    for first, last in zip(*given, strict=True):
-        np.testing.assert_allclose(first, last, rtol=0, atol=1e-5 * abs(last).max())
+    for first, *others in zip(*given, strict=True):
+        for other in others:
+            np.testing.assert_allclose(first, other, rtol=0, atol=1e-5 * abs(first).max())
+
+
+def test_graph_that_selects_joins_maps_at_the_end_of_stages_only(small):
+    network = small("plain")
+    stages, blocks = 3, sum(network.spec.stage_repeats)
+    kinds = kinds_of(build_graph(fold(network, select=True), ["logits"], openvino=True))
+    assert (kinds["Where"], kinds["Concat"], kinds["Split"]) == (2 * (blocks - stages), stages, 0)
 
 
 def test_graph_makes_all_gates_of_a_block_by_one_product(small):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.fold import FoldForm, cheapest_folded_form, fold
-from weightnet.nn.folded_layers import FoldedConv, GainPointwise, MatmulPointwise
-from weightnet.nn.routes import plan_routes
+from weightnet.nn.fold import FoldedSelectingStage, FoldedStage, FoldForm, cheapest_folded_form, fold
+from weightnet.nn.folded_layers import ChannelSelect, FoldedConv, GainPointwise, MatmulPointwise
+from weightnet.nn.routes import plan_routes, plan_selection
 from weightnet.nn.shufflenet import ShuffleNetV2
 from weightnet.nn.variants import VARIANTS, NetworkSpec
 
@@ -20,6 +20,10 @@ SMALL = {
     "r1 one block": NetworkSpec((16, 32, 64), 1, 1, 0.0, (1, 2, 1), 8, 32, 10),
     "r2 four blocks": NetworkSpec((16, 32, 64), 8, 4, 0.0, (2, 1, 2), 8, 32, 10),
     "r3 one block": NetworkSpec((16, 32, 64), 3, 1, 0.0, (2, 1, 2), 8, 32, 10),
+    # A first block's projection, which keeps its input's width, has less than half of its stage's channels, or more.
+    "plain, narrow projections": NetworkSpec((20, 40, 88), stage_repeats=(2, 3, 2), stem_channels=6, num_classes=10),
+    "r3, a wide projection": NetworkSpec((18, 36, 72), 3, 1, 0.0, (3, 1, 2), 12, 32, 10),
+    "r1 four blocks": NetworkSpec((16, 32, 512), 4, 4, 0.0, (1, 3, 1), 8, 32, 10),  # the last stage by maps
 }
 
 
@@ -45,12 +49,13 @@ def photos(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("select", [False, True])
 @pytest.mark.parametrize("form", ["auto", "feature", "matmul"])
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
-def test_fold_gives_the_same_numbers(name: str, form: FoldForm) -> None:
+def test_fold_gives_the_same_numbers(name: str, form: FoldForm, select: bool) -> None:
     network = calibrated(SMALL[name])
-    folded = fold(network, form=form)
+    folded = fold(network, form=form, select=select)
     x = photos(3, 3, 64, 96)
     assert network(x).std() > 0.1
     torch.testing.assert_close(folded(x), network(x), rtol=0, atol=1e-10)
@@ -71,6 +76,7 @@ def test_fold_gives_the_same_numbers_for_every_variant(name: str, form: FoldForm
     x = photos(2, 3, 32, 32)
     assert network(x).std() > 0.1
     torch.testing.assert_close(folded(x), network(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(fold(network, form=form, select=True)(x), network(x), rtol=0, atol=1e-10)
     assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
@@ -155,6 +161,24 @@ def test_routes_bring_every_channel_where_the_shuffle_brings_it(groups: int) -> 
     assert torch.equal(_brought(routes.uses[-1], emitted), x)
 
 
+@pytest.mark.parametrize("produced", [(16, 16), (8, 24), (24, 8), (9, 9), (1, 3), (2, 0)])
+@pytest.mark.parametrize("blocks", [0, 1, 5])
+def test_selections_bring_every_channel_where_the_shuffle_brings_it(produced: tuple[int, int], blocks: int) -> None:
+    plan, half = plan_selection(produced, blocks), sum(produced) // 2
+    outputs = [torch.arange(size) + 100 * producer for producer, size in enumerate([*produced, *[half] * blocks])]
+    emitted = [output[order] for output, order in zip(outputs, plan.emitted, strict=True)]
+    x = torch.cat(outputs[:2])
+    halves = [torch.cat([emitted[source][start:stop] for source, start, stop in half]) for half in plan.halves]
+    identity, last = halves
+    for block, (mask, channels) in enumerate(zip(plan.masks, plan.channels, strict=True)):
+        taken, entering = torch.where(torch.tensor(mask), identity, last), x[1::2]
+        assert torch.equal(taken, entering[channels])
+        identity, last = torch.where(torch.tensor(mask), last, identity), emitted[block + 2]
+        x = torch.cat([x[0::2], outputs[block + 2]])
+    assert torch.equal(torch.cat([identity, last]), x[plan.end])
+    assert sorted(plan.end) == list(range(2 * half))
+
+
 def _brought(use: object, emitted: list[Tensor]) -> Tensor:
     """Return what a use's slices bring, put back into the order of its input channels."""
     brought, channels = [], []
@@ -164,6 +188,16 @@ def _brought(use: object, emitted: list[Tensor]) -> Tensor:
     result = torch.empty(len(channels), dtype=torch.long)
     result[torch.tensor(channels)] = torch.cat(brought)
     return result
+
+
+@pytest.mark.parametrize(("name", "stages"), [("plain", 3), ("r1", 2), ("r1 four blocks", 1), ("r3 one block", 3)])
+def test_fold_selects_where_a_block_takes_one_tensor(name: str, stages: int) -> None:
+    folded = fold(calibrated(SMALL[name]), select=True)
+    kinds = [type(stage) for stage in folded.stages]
+    assert kinds == [FoldedSelectingStage] * stages + [FoldedStage] * (3 - stages)
+    selections = [module for module in folded.modules() if isinstance(module, ChannelSelect)]
+    assert len(selections) == sum(2 * (repeats - 1) for repeats in SMALL[name].stage_repeats[:stages])
+    assert {type(stage) for stage in fold(calibrated(SMALL[name]), form="feature").stages} == {FoldedStage}
 
 
 def test_fold_refuses_nothing_for_more_channels_and_classes() -> None:

@@ -15,6 +15,7 @@ which makes one pass of an operator and the sums, products and ReLUs after it (d
 * Generated kernels (the form "matmul"): maps are (B, C, H, W), a layer is a product with a map, and a small product
   mixes its kernels. For OpenVINO maps are (B, H, W, C) from one such layer to the next, as it has them in memory
   anyway, a layer is a product of its pixels, and its kernels are sums of scaled matrices.
+* A block's input is joined of slices; for OpenVINO, where `fold` made it so, it is selected from two maps.
 * A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
   the map moved by each. (`weightnet.export.graph_openvino` has both.)
 """
@@ -32,7 +33,7 @@ from weightnet.errors import MissingDependencyError
 from weightnet.export.graph_openvino import product_with_pixels, sum_of_moved
 from weightnet.export.graph_writer import GraphWriter
 from weightnet.nn.fold import FoldedShuffleNetV2
-from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
+from weightnet.nn.folded_layers import ChannelSelect, FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
 from weightnet.predict.exported import INPUT
 from weightnet.predict.interface import CLASS_WEIGHTS
 
@@ -251,29 +252,54 @@ def _matmul_pointwise(
     if factor:
         *gates, bias = _multiplied(writer, name, [*gates, bias], factor)
     write = product_with_pixels if writer.openvino else _product_with_maps
-    return write(writer, name, list(layer.banks), x, gates, bias)
+    return write(writer, name, layer, x, gates, bias)
 
 
 def _product_with_maps(
-    writer: GraphWriter, name: str, banks: list[nn.Parameter], x: str, gates: list[str], bias: str
+    writer: GraphWriter, name: str, layer: MatmulPointwise, x: str, gates: list[str], bias: str
 ) -> str:
     """Write kernels (B, O, G * I) times a map (B, G * I, pixels)."""
-    kernels, outputs = [], 0
-    for group, (bank_OPI, gate) in enumerate(zip(banks, gates, strict=True)):
-        outputs, mixed, inputs = bank_OPI.shape
-        bank = writer.weight(f"{name}.banks.{group}", bank_OPI)
-        rows = writer.integers(f"shape_{outputs}_1_{mixed}", (0, outputs, 1, mixed))
-        gate = writer.op("Reshape", [gate, rows], f"{name}.gates.{group}")
-        kernel = writer.op("MatMul", [gate, bank], f"{name}.mixed.{group}")
-        flat = writer.integers(f"shape_{outputs}_{inputs}", (0, outputs, inputs))
-        kernels.append(writer.op("Reshape", [kernel, flat], f"{name}.kernel.{group}"))
-    kernel = _cat(writer, f"{name}.kernel", kernels, 2)
+    pairs = enumerate(zip(layer.banks, gates, strict=True))
+    kernels = [_kernel(writer, f"{name}.kernels.{group}", bank_OPI, gate) for group, (bank_OPI, gate) in pairs]
+    kernel = _sum(writer, f"{name}.kernel", kernels) if layer.summed else _cat(writer, f"{name}.kernel", kernels, 2)
     pixels = writer.op("Reshape", [x, writer.integers("shape_pixels", (0, 0, -1))], f"{name}.pixels")
     y = writer.op("MatMul", [kernel, pixels], f"{name}.product")
     size = writer.op("Shape", [x], f"{name}.size", {"start": 2})
+    outputs = layer.banks[0].shape[0]
     shape = writer.op("Concat", [writer.integers(f"shape_{outputs}", (0, outputs)), size], f"{name}.shape", {"axis": 0})
     y = writer.op("Reshape", [y, shape], f"{name}.map")
     return _relu(writer, name, writer.op("Add", [y, writer.per_channel(bias)], f"{name}.linear"))
+
+
+def _kernel(writer: GraphWriter, name: str, bank_OPI: Tensor, gate: str) -> str:
+    """Write kernels (B, O, I): the sum of a bank's, times their gates (B, O * P)."""
+    outputs, mixed, inputs = bank_OPI.shape
+    if mixed == 1:
+        column = writer.op("Unsqueeze", [gate, writer.integers("column_axis", (2,))], f"{name}.gates")
+        return writer.op("Mul", [column, writer.weight(f"{name}.bank", bank_OPI[:, 0])], name)
+    rows = writer.integers(f"shape_{outputs}_1_{mixed}", (0, outputs, 1, mixed))
+    gate = writer.op("Reshape", [gate, rows], f"{name}.gates")
+    kernel = writer.op("MatMul", [gate, writer.weight(f"{name}.bank", bank_OPI)], f"{name}.mixed")
+    flat = writer.integers(f"shape_{outputs}_{inputs}", (0, outputs, inputs))
+    return writer.op("Reshape", [kernel, flat], name)
+
+
+def _sum(writer: GraphWriter, name: str, values: list[str]) -> str:
+    total, *others = values
+    for number, value in enumerate(others):
+        total = writer.op("Add", [total, value], f"{name}.sum.{number}")
+    return total
+
+
+def _channel_select(writer: GraphWriter, name: str, layer: ChannelSelect, x: str, y: str) -> str:
+    last = writer.last.issuperset((x, y))
+    if last:
+        writer.last.add(name)
+    else:
+        x, y = writer.channels_first(x), writer.channels_first(y)
+    # With a mask of fewer axes OpenVINO changes the layout of the maps.
+    mask = layer.mask.reshape((1, 1, 1, -1) if last else (1, -1, 1, 1)).numpy(force=True)
+    return writer.op("Where", [writer.constant(f"{name}.mask", mask), x, y], name)
 
 
 # What each step and each layer becomes; their arguments are those of the traced call.
@@ -288,6 +314,7 @@ _STEPS: dict[Any, Callable[..., _Value]] = {
     F.relu: _relu,
 }
 _LAYERS: dict[type[nn.Module], Callable[..., str]] = {
+    ChannelSelect: _channel_select,
     FoldedConv: _conv,
     GainDepthwise: _gain_depthwise,
     GainPointwise: _gain_pointwise,

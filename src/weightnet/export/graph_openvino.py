@@ -3,42 +3,47 @@
 Legend: as in `weightnet.nn.functional`; T is a kernel's taps.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightnet.export.graph_writer import GraphWriter
-from weightnet.nn.folded_layers import FoldedConv, GainDepthwise
+from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, MatmulPointwise
 
 # A sum of so many products is one pass in OpenVINO: a pass takes at most twelve maps, gains and results.
 _ONE_PASS = 4
 
 
 def product_with_pixels(
-    writer: GraphWriter, name: str, banks: list[nn.Parameter], x: str, gates: list[str], bias: str
+    writer: GraphWriter, name: str, layer: MatmulPointwise, x: str, gates: list[str], bias: str
 ) -> str:
-    """Write a map's pixels (B, pixels, G * I) times kernels (B, G * I, O), and a ReLU, as a map (B, H, W, O)."""
-    kernels, outputs, inputs = [], 0, 0
-    for group, (bank_OPI, gate) in enumerate(zip(banks, gates, strict=True)):
-        outputs, mixed, width = bank_OPI.shape
-        inputs += width
-        rows = writer.integers(f"rows_{outputs}_{mixed}", (0, outputs, mixed))
-        gate = writer.op("Reshape", [gate, rows], f"{name}.gates.{group}")
-        gate = writer.op("Transpose", [gate], f"{name}.rows.{group}", {"perm": (0, 2, 1)})
-        # One gate after the other, unlike columns.
-        gates_B1O = writer.equal_parts(f"{name}.scales.{group}", gate, mixed, 1)
-        column = writer.integers(f"column_{outputs}", (0, outputs, 1))
-        gates_BO1 = [writer.op("Reshape", [gate_B1O, column], f"{gate_B1O}.column") for gate_B1O in gates_B1O]
-        bank_POI = bank_OPI.transpose(0, 1)
-        kernels.append(_mixed(writer, f"{name}.mixed.{group}", gates_BO1, f"{name}.banks.{group}", bank_POI))
-    kernel = kernels[0] if len(kernels) == 1 else writer.op("Concat", kernels, f"{name}.kernel", {"axis": 2})
-    kernel = writer.op("Transpose", [kernel], f"{name}.columns", {"perm": (0, 2, 1)})
+    """Write a map's pixels (B, H * W, G * I) times kernels (B, G * I, O), and a ReLU, as a map (B, H, W, O)."""
+    outputs = layer.banks[0].shape[0]
+    gates_B1O = [_rows(writer, f"{name}.gates.{group}", gate, layer.mixed, outputs) for group, gate in enumerate(gates)]
+    banks_PIO = [bank_OPI.permute(1, 2, 0) for bank_OPI in layer.banks]
+    if layer.summed:
+        gates_B1O, banks_PIO = [list(itertools.chain(*gates_B1O))], [torch.cat(banks_PIO)]
+    kernels = [
+        _mixed(writer, f"{name}.mixed.{group}", of_bank, f"{name}.banks.{group}", bank_PIO)
+        for group, (of_bank, bank_PIO) in enumerate(zip(gates_B1O, banks_PIO, strict=True))
+    ]
+    kernel = kernels[0] if len(kernels) == 1 else writer.op("Concat", kernels, f"{name}.kernel", {"axis": 1})
+    inputs = sum(bank_PIO.shape[1] for bank_PIO in banks_PIO)
     y = writer.op("MatMul", [writer.pixels(x, inputs), kernel], f"{name}.product")
-    bias = writer.op("Unsqueeze", [bias, writer.integers("pixels_axis", (1,))], f"{bias}.{name}.per_pixel")
-    y = writer.op("Relu", [writer.op("Add", [y, bias], f"{name}.linear")], f"{name}.relu")
+    y = writer.op("Relu", [writer.op("Add", [y, writer.row(bias)], f"{name}.linear")], f"{name}.relu")
     return writer.map_of(y, x, outputs, name)
+
+
+def _rows(writer: GraphWriter, name: str, gate: str, mixed: int, outputs: int) -> list[str]:
+    """Write gates (B, O * P) as P rows (B, 1, O)."""
+    if mixed == 1:
+        return [writer.row(gate)]
+    apart = writer.op("Reshape", [gate, writer.integers(f"rows_{outputs}_{mixed}", (0, outputs, mixed))], name)
+    turned = writer.op("Transpose", [apart], f"{name}.turned", {"perm": (0, 2, 1)})
+    return writer.equal_parts(f"{name}.rows", turned, mixed, 1)
 
 
 def sum_of_moved(writer: GraphWriter, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:

@@ -86,6 +86,10 @@ class GraphWriter:
         """Write values (B, O) as (B, O, 1, 1), to scale feature maps or be added to them, and return their name."""
         return self.op_once("Unsqueeze", [values, self.integers("spatial_axes", (2, 3))], f"{values}.per_channel")
 
+    def row(self, values: str) -> str:
+        """Write values (B, O) as (B, 1, O), one row for each photo, and return their name."""
+        return self.op_once("Unsqueeze", [values, self.integers("pixels_axis", (1,))], f"{values}.row")
+
     def channels_first(self, x: str) -> str:
         """Write a map as (B, C, H, W), where it is not, and return its name."""
         if x not in self.last:

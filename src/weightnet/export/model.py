@@ -94,7 +94,8 @@ def export_model(
     card, exports = _beside(out, card)
     if precision == "int8":
         _check_quantisable(network.spec, form)
-    folded = fold(network, form=_form(out, form, precision, network.spec))
+    select = out.suffix == ".xml" and precision != "int8"  # which rounds maps before they are cut and joined
+    folded = fold(network, form=_form(out, form, precision, network.spec), select=select)
     entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
     if inside:
         entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}

@@ -5,7 +5,8 @@
   is left whose weight is computed.
 * A depthwise layer's gain is positive, so it passes through the ReLU before it and joins the gains of the pointwise
   layer there.
-* The channel shuffle becomes the order of the static weights' channels (`weightnet.nn.routes`).
+* The channel shuffle becomes the order of the static weights' channels (`weightnet.nn.routes`): a block's input is
+  joined of slices, or selected from two maps.
 
 Legend: as in `weightnet.nn.functional`.
 
@@ -14,7 +15,7 @@ Source: the identities are derived in docs/static.md.
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weightnet.errors import UsageError
-from weightnet.nn.folded_layers import fold_conv, fold_depthwise, fold_pointwise, fold_reduce, gate_rows, linear
-from weightnet.nn.routes import Slice, Use, channel_runs, join_slices, plan_routes, whole_use
+from weightnet.nn.folded_layers import (
+    ChannelSelect,
+    MatmulPointwise,
+    fold_conv,
+    fold_depthwise,
+    fold_pointwise,
+    fold_reduce,
+    gate_rows,
+    linear,
+)
+from weightnet.nn.routes import Selection, Slice, channel_runs, join_slices, plan_routes, plan_selection
 from weightnet.nn.shufflenet import PlainBlock, ShuffleNetV2, WeightNetBlock
 from weightnet.nn.variants import NetworkSpec
 
 FoldForm = Literal["auto", "feature", "matmul"]
 _Form: TypeAlias = Literal["feature", "matmul"]
 _Block: TypeAlias = PlainBlock | WeightNetBlock
+
+
+class _Given(NamedTuple):
+    """What a block is given: the channels of its tensors, and which of its channels each mean is that of (-1: none)."""
+
+    channels: list[list[int]]
+    pooled: list[int]
+
 
 # The size of photos for which forms are chosen: the faster one for a stage is that at most sizes.
 _SIZE_PX = 224
@@ -38,9 +56,8 @@ _SIZE_PX = 224
 class FoldedPlainBlock(nn.Module):
     """A plain block without batch norms; it takes one tensor, and no means, and returns its producers' outputs."""
 
-    def __init__(self, block: PlainBlock, channels: list[list[int]], emitted: list[list[int]]) -> None:
+    def __init__(self, block: PlainBlock, inputs: list[int], emitted: list[list[int]]) -> None:
         super().__init__()
-        inputs = list(chain(*channels))
         *projected, branch = emitted
         self.conv1 = fold_conv(block.conv1, block.bn1, inputs=inputs)
         self.conv2 = fold_conv(block.conv2, block.bn2)
@@ -59,55 +76,63 @@ class FoldedPlainBlock(nn.Module):
 class FoldedWeightNetBlock(nn.Module):
     """A WeightNet block as static convolutions and gains, or products; it returns its producers' outputs.
 
-    Besides its inputs it takes the means, over the pixels, of all maps that these are cut from. The gates of all its
-    layers come from one product. For r = 1 the gain of the depthwise layer is applied together with those of the
-    pointwise layer before it: it is positive, so relu(u) * a = relu(u * a), and a factor per channel passes a depthwise
-    convolution.
+    Besides its inputs it takes the means, over the pixels, of them or of the maps that they are cut from. The gates of
+    all its layers come from one product. For r = 1 the gain of the depthwise layer is applied together with those of
+    the pointwise layer before it: it is positive, so relu(u) * a = relu(u * a), and a factor per channel passes a
+    depthwise convolution.
     """
 
-    def __init__(self, block: WeightNetBlock, use: Use, emitted: list[list[int]], *, matmul: bool) -> None:
+    def __init__(
+        self,
+        block: WeightNetBlock,
+        channels: list[list[int]],
+        pooled: list[int],
+        emitted: list[list[int]],
+        *,
+        matmul: bool,
+    ) -> None:
         super().__init__()
-        channels = use.channels
-        inputs = list(chain(*channels))
         *projected, branch = emitted
-        self.groups, self.matmul = len(channels), matmul
+        self.groups = 1 if matmul else block.wnet1.blocks
         self.early_gain = block.wnet2.kernels_per_block == 1
-        self.reduce = fold_reduce(block.reduce, list(chain(*use.pooled.values())))
+        self.reduce = fold_reduce(block.reduce, pooled)
         middle = channel_runs(block.wnet3.in_channels, self.groups)
         self.conv1, self.bias1 = fold_pointwise(block.wnet1, block.bn1, channels, matmul=matmul)
         self.conv2 = fold_depthwise(block.wnet2, block.bn2, static=self.early_gain)
         self.conv3, self.bias3 = fold_pointwise(block.wnet3, block.bn3, middle, outputs=branch, matmul=matmul)
-        first, third = gate_rows(block.wnet1, apart=not matmul), gate_rows(block.wnet3, branch, apart=not matmul)
-        rows = [*first, *gate_rows(block.wnet2), *third]
-        self.mixed, self.gains = block.wnet2.kernels_per_block, len(first)
+        first = gate_rows(block.wnet1, together=_gates_together(self.conv1))
+        second = gate_rows(block.wnet2)
+        third = gate_rows(block.wnet3, branch, together=_gates_together(self.conv3))
+        rows = [*first, *second, *third]
+        self.counts = len(first), len(second), len(third)
         self.depthwise = nn.ModuleList()
         for order in projected:
-            for tensor in [inputs] if matmul else channels:
+            for tensor in channels:
                 self.depthwise.append(fold_depthwise(block.wnet_proj_1, block.bn_proj_1, tensor))
                 rows += gate_rows(block.wnet_proj_1, tensor)
             self.pointwise, self.bias_proj = fold_pointwise(
                 block.wnet_proj_2, block.bn_proj_2, channels, outputs=order, matmul=matmul
             )
-            rows += gate_rows(block.wnet_proj_2, order, apart=not matmul)
+            rows += gate_rows(block.wnet_proj_2, order, together=_gates_together(self.pointwise))
         self.gates = linear(torch.cat([weight for weight, _ in rows]), torch.cat([bias for _, bias in rows]))
         self.sizes = [len(bias) for _, bias in rows]
 
     def forward(self, xs: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         gates = iter(self.gates(self.reduce(torch.cat(means, 1))).sigmoid().split(self.sizes, 1))
-        first, depthwise, third = (_take(gates, count) for count in (self.gains, self.mixed, self.gains))
+        first, depthwise, third = (_take(gates, count) for count in self.counts)
         if self.early_gain:
             y = self.conv2(self.conv1(xs, first, self.bias1, depthwise[0]))
         else:
             y = self.conv2(self.conv1(xs, first, self.bias1), depthwise)
-        y = self.conv3([y] if self.matmul else y.chunk(self.groups, 1), third, self.bias3)
+        y = self.conv3(y.chunk(self.groups, 1) if self.groups > 1 else [y], third, self.bias3)
         if not self.depthwise:
             return [y]
-        xs = [conv(x, _take(gates, self.mixed)) for conv, x in zip(self.depthwise, xs, strict=True)]
+        xs = [conv(x, _take(gates, self.counts[1])) for conv, x in zip(self.depthwise, xs, strict=True)]
         return [self.pointwise(xs, list(gates), self.bias_proj), y]
 
 
 class FoldedStage(nn.Module):
-    """The blocks of a stage and the routes of their channels.
+    """The blocks of a stage, whose inputs are joined of slices of what the blocks before them emit.
 
     It takes and returns a list of maps, and the means that the gates of the block behind are made of.
     """
@@ -126,26 +151,52 @@ class FoldedStage(nn.Module):
         return xs, means
 
 
+class FoldedSelectingStage(nn.Module):
+    """The blocks of a stage, whose inputs are selected from the map that passes a block and the one it emits.
+
+    It takes and returns what a `FoldedStage` does; at its end both maps, in one tensor or in two.
+    """
+
+    def __init__(self, blocks: list[nn.Module], plan: Selection, *, tensors: int, gates: bool, gates_behind: bool):
+        super().__init__()
+        self.blocks, self.halves = nn.ModuleList(blocks), plan.halves
+        self.taken = nn.ModuleList(ChannelSelect(mask) for mask in plan.masks)
+        self.left = nn.ModuleList(ChannelSelect([not taken for taken in mask]) for mask in plan.masks)
+        self.tensors, self.gates, self.gates_behind = tensors, gates, gates_behind
+
+    def forward(self, xs: list[Tensor], means: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        first, *blocks = self.blocks
+        identity, last = _gather(first(xs, means), self.halves)
+        for block, taken, left in zip(blocks, self.taken, self.left, strict=True):
+            x = taken(identity, last)
+            identity = left(identity, last)
+            (last,) = block([x], [x.mean((2, 3))] if self.gates else [])
+        xs = [identity, last] if self.tensors > 1 else [torch.cat([identity, last], 1)]
+        return xs, [x.mean((2, 3)) for x in xs] if self.gates_behind else []
+
+
 class FoldedShuffleNetV2(nn.Module):
     """The deploy form of a `ShuffleNetV2`, made by `fold`: the same numbers by static weights, gains and products.
 
     Shape: as the network it was made of.
     """
 
-    def __init__(self, network: ShuffleNetV2, *, forms: list[_Form]) -> None:
+    def __init__(self, network: ShuffleNetV2, *, forms: list[_Form], select: bool = False) -> None:
         super().__init__()
         self.spec, self.card, self.num_features, self.forms = network.spec, network.card, network.num_features, forms
         stem, last, head = cast(Any, (network.first_conv, network.conv_last, network.classifier))
         self.first_conv = fold_conv(stem[0], stem[1])
-        use = whole_use(self.spec.stem_channels, max(1, self.spec.G))
-        self.slices = join_slices(use.slices, matmul=forms[0] == "matmul")
-        self.stages = nn.ModuleList()
         blocks = cast(list[_Block], list(network.features))
-        for repeats, form, form_behind in zip(self.spec.stage_repeats, forms, [*forms[1:], forms[-1]], strict=True):
+        channels = channel_runs(self.spec.stem_channels, _tensors(blocks[0], forms[0]))
+        self.slices = [[Slice(0, run[0], run[-1] + 1)] for run in channels]
+        given = _Given(channels, list(range(self.spec.stem_channels)))
+        self.stages = nn.ModuleList()
+        for repeats, form, form_behind in zip(self.spec.stage_repeats, forms, [*forms[1:], "matmul"], strict=True):
             stage, blocks = blocks[:repeats], blocks[repeats:]
-            folded, use = _fold_stage(stage, use, blocks[0] if blocks else None, form, form_behind)
+            behind = blocks[0] if blocks else None
+            folded, given = _fold_stage(stage, given, behind, form, form_behind, select=select)
             self.stages.append(folded)
-        self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*use.channels)))
+        self.conv_last = fold_conv(last[0], last[1], inputs=list(chain(*given.channels)))
         self.classifier = linear(head[0].weight, head[0].bias)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
@@ -178,7 +229,9 @@ def cheapest_folded_form(blocks: int, kernels_per_block: int, in_channels: int, 
 
 
 @torch.no_grad()
-def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto") -> FoldedShuffleNetV2:
+def fold(
+    network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto", select: bool = False
+) -> FoldedShuffleNetV2:
     """Return the deploy form of a trained network: equal numbers, static weights, no batch norm, no shuffle.
 
     The result is for inference: batch norms stand still. The network is not changed.
@@ -188,6 +241,8 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
         form: how generated pointwise layers are computed: "feature" as static convolutions and gains, "matmul" as a
             batched matrix product by mixed kernels; "auto" takes the faster one for each stage, as
             `cheapest_folded_form` says for photos of 224 px. Plain networks have only one form.
+        select: whether a block's input is selected from two maps, as OpenVINO computes it fastest, rather than joined
+            of slices; where a block takes its input in one tensor, as products and plain networks do.
 
     Raises: UsageError for another form, for what is no network of this package, and for a network that is folded
         already in another form.
@@ -215,7 +270,7 @@ def fold(network: ShuffleNetV2 | FoldedShuffleNetV2, *, form: FoldForm = "auto")
             )
         return network
     weight = next(network.parameters())
-    return FoldedShuffleNetV2(network, forms=forms).to(weight.device, weight.dtype).eval()
+    return FoldedShuffleNetV2(network, forms=forms, select=select).to(weight.device, weight.dtype).eval()
 
 
 def _stage_forms(spec: NetworkSpec, form: FoldForm) -> list[_Form]:
@@ -232,25 +287,61 @@ def _stage_forms(spec: NetworkSpec, form: FoldForm) -> list[_Form]:
 
 
 def _fold_stage(
-    blocks: list[_Block], use: Use, behind: _Block | None, form: _Form, form_behind: _Form
-) -> tuple[FoldedStage, Use]:
-    """Return a folded stage, and what the block behind it takes of it; None is the network's last convolution."""
+    blocks: list[_Block], given: _Given, behind: _Block | None, form: _Form, form_behind: _Form, *, select: bool
+) -> tuple[nn.Module, _Given]:
+    """Return a folded stage, and what it gives to the block behind it; None is the network's last convolution."""
+    tensors = _tensors(behind, form_behind)
+    if select and _tensors(blocks[0], form) == 1 and tensors <= 2:
+        return _fold_selecting(blocks, given, behind, form, tensors)
+    return _fold_joining(blocks, given, behind, form, tensors)
+
+
+def _tensors(block: _Block | None, form: _Form) -> int:
+    """Return in how many tensors a block takes its input."""
+    return block.wnet1.blocks if isinstance(block, WeightNetBlock) and form == "feature" else 1
+
+
+def _fold_joining(
+    blocks: list[_Block], given: _Given, behind: _Block | None, form: _Form, tensors: int
+) -> tuple[FoldedStage, _Given]:
     consumers = [*blocks[1:], behind]
     groups = [1 if isinstance(consumer, PlainBlock | None) else consumer.wnet1.blocks for consumer in consumers]
     routes = plan_routes((blocks[0].bn_proj_2.num_features, blocks[0].bn3.num_features), groups)
+    joined = [form == "matmul"] * (len(blocks) - 1) + [tensors == 1]
     folded: list[nn.Module] = []
-    for index, block in enumerate(blocks):
+    for index, (block, use, one) in enumerate(zip(blocks, routes.uses, joined, strict=True)):
         emitted = routes.emitted[:2] if index == 0 else [routes.emitted[index + 1]]
-        if isinstance(block, PlainBlock):
-            folded.append(FoldedPlainBlock(block, use.channels, emitted))
-        else:
-            folded.append(FoldedWeightNetBlock(block, use, emitted, matmul=form == "matmul"))
-        use = routes.uses[index]
-    taken_by = [form] * (len(blocks) - 1) + [form_behind]
-    slices = [join_slices(use.slices, matmul=of == "matmul") for use, of in zip(routes.uses, taken_by, strict=True)]
+        folded.append(_fold_block(block, given, emitted, form))
+        channels = [list(chain(*use.channels))] if one else use.channels
+        given = _Given(channels, list(chain(*use.pooled.values())))
+    slices = [join_slices(use.slices) if one else use.slices for use, one in zip(routes.uses, joined, strict=True)]
     gated = [isinstance(consumer, WeightNetBlock) for consumer in consumers]
     pooled = [list(use.pooled) if gates else [] for use, gates in zip(routes.uses, gated, strict=True)]
-    return FoldedStage(folded, slices, pooled), use
+    return FoldedStage(folded, slices, pooled), given
+
+
+def _fold_selecting(
+    blocks: list[_Block], given: _Given, behind: _Block | None, form: _Form, tensors: int
+) -> tuple[FoldedSelectingStage, _Given]:
+    plan = plan_selection((blocks[0].bn_proj_2.num_features, blocks[0].bn3.num_features), len(blocks) - 1)
+    folded = [_fold_block(blocks[0], given, plan.emitted[:2], form)]
+    for block, channels, order in zip(blocks[1:], plan.channels, plan.emitted[2:], strict=True):
+        folded.append(_fold_block(block, _Given([channels], channels), [order], form))
+    gates, gates_behind = isinstance(blocks[0], WeightNetBlock), isinstance(behind, WeightNetBlock)
+    stage = FoldedSelectingStage(folded, plan, tensors=tensors, gates=gates, gates_behind=gates_behind)
+    size = len(plan.end) // tensors
+    return stage, _Given([plan.end[start : start + size] for start in range(0, len(plan.end), size)], plan.end)
+
+
+def _fold_block(block: _Block, given: _Given, emitted: list[list[int]], form: _Form) -> nn.Module:
+    if isinstance(block, PlainBlock):
+        return FoldedPlainBlock(block, list(chain(*given.channels)), emitted)
+    return FoldedWeightNetBlock(block, given.channels, given.pooled, emitted, matmul=form == "matmul")
+
+
+def _gates_together(layer: nn.Module) -> int:
+    """Return how many gates for each output a pointwise layer takes in one tensor."""
+    return layer.mixed if isinstance(layer, MatmulPointwise) else 1
 
 
 def _gather(emitted: list[Tensor], uses: list[list[Slice]]) -> list[Tensor]:

@@ -57,15 +57,19 @@ class GainPointwise(nn.Module):
 
 
 class MatmulPointwise(nn.Module):
-    """A generated 1x1 layer and a ReLU, as a batched matrix product by kernels mixed from the bank.
+    """A generated 1x1 layer and a ReLU, as a batched matrix product by kernels mixed from banks.
+
+    The banks of the blocks of inputs give pieces of a kernel, to be joined, or to be summed up where each bank is as
+    wide as the whole input, with zeros for the other blocks.
 
     Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) give (B, O, H, W), times a factor (B, O)
     that is not negative where one is given, which goes with P = 1.
     """
 
-    def __init__(self, banks: list[Tensor]) -> None:
+    def __init__(self, banks: list[Tensor], *, summed: bool) -> None:
         super().__init__()
         self.banks = nn.ParameterList(bank_OPI.contiguous() for bank_OPI in banks)
+        self.mixed, self.summed = banks[0].shape[1], summed
 
     def forward(self, xs: list[Tensor], gates: Sequence[Tensor], bias: Tensor, factor: Tensor | None = None) -> Tensor:
         (x,) = xs
@@ -78,7 +82,8 @@ class MatmulPointwise(nn.Module):
                 kernels.append(gate[:, :, None] * bank_OPI[:, 0])
             else:
                 kernels.append(torch.einsum("bop,opi->boi", gate.reshape(gate.shape[0], outputs, mixed), bank_OPI))
-        y = torch.cat(kernels, 2) @ x.flatten(2) + bias[..., None]
+        kernel = sum(kernels[1:], kernels[0]) if self.summed else torch.cat(kernels, 2)
+        y = kernel @ x.flatten(2) + bias[..., None]
         return F.relu(y).reshape(x.shape[0], bias.shape[1], x.shape[2], x.shape[3])
 
 
@@ -100,6 +105,24 @@ class GainDepthwise(nn.Module):
         for conv, gain in zip(self.convs, gains, strict=True):
             y = y + conv(x) * _per_channel(gain)
         return y
+
+
+class ChannelSelect(nn.Module):
+    """A map that has each channel from either of two.
+
+    Shape: two maps (B, C, H, W) give (B, C, H, W).
+
+    Args:
+        mask: for each channel whether it is the first map's.
+    """
+
+    def __init__(self, mask: list[bool]) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(mask))
+        self.mask: Tensor
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(self.mask[:, None, None], x, y)
 
 
 def fold_conv(
@@ -125,16 +148,28 @@ def fold_pointwise(
     matmul: bool,
     outputs: list[int] | None = None,
 ) -> tuple[nn.Module, nn.Parameter]:
-    """Return a generated 1x1 layer and its bias; `channels` are its input channels, for each block of inputs."""
+    """Return a generated 1x1 layer and its bias; `channels` are its input channels, for each tensor that it takes.
+
+    These are the blocks of inputs, in feature form. A product takes one tensor, with its channels in any order.
+    """
     scale, shift = _affine(norm)
     bank_OGPI = _scaled(layer.bank(), scale).flatten(3)
     if outputs is not None:
         bank_OGPI, shift = bank_OGPI[outputs], shift[outputs]
-    banks = []
-    for group, indices in enumerate(channels):
-        start = group * bank_OGPI.shape[3]
-        banks.append(bank_OGPI[:, group][:, :, [index - start for index in indices]])
-    return MatmulPointwise(banks) if matmul else GainPointwise(banks), nn.Parameter(shift[None])
+    _, blocks, mixed, width = bank_OGPI.shape
+    weight_OPC = bank_OGPI.transpose(1, 2).flatten(2)
+    if not matmul:
+        return GainPointwise([weight_OPC[:, :, indices] for indices in channels]), nn.Parameter(shift[None])
+    (inputs,) = channels
+    block_of = [index // width for index in inputs]
+    weight_OPI = weight_OPC[:, :, inputs]
+    summed = mixed == 1 or block_of != sorted(block_of)  # for one kernel summing up costs less than joining
+    if summed:
+        belongs = torch.tensor(block_of, device=weight_OPI.device)
+        banks = [weight_OPI * (belongs == block) for block in range(blocks)]
+    else:
+        banks = list(torch.split(weight_OPI, width, 2))
+    return MatmulPointwise(banks, summed=summed), nn.Parameter(shift[None])
 
 
 def fold_depthwise(
@@ -158,22 +193,19 @@ def fold_reduce(conv: nn.Conv2d, pooled: list[int]) -> nn.Linear:
 
 
 def gate_rows(
-    layer: WeightNet2d, outputs: list[int] | None = None, *, apart: bool = True
+    layer: WeightNet2d, outputs: list[int] | None = None, *, together: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the rows of `wn_fc1` that make the gates of each block of inputs, as weight and bias.
+    """Return the rows of `wn_fc1` that make the gates of a layer, as weight and bias.
 
-    With `apart`, those of each of a block's P gates come by themselves, (O, S); else together, (O * P, S).
+    There are G * P gates, those of the first block of inputs first; so many come together, (O * together, S).
     """
     shape = (layer.out_channels, layer.blocks, layer.kernels_per_block)
     weight_OGPS = layer.wn_fc1.weight.reshape(*shape, -1)
     bias_OGP = cast(Tensor, layer.wn_fc1.bias).reshape(shape)
     if outputs is not None:
         weight_OGPS, bias_OGP = weight_OGPS[outputs], bias_OGP[outputs]
-    blocks = range(layer.blocks)
-    if apart:
-        places = [(group, p) for group in blocks for p in range(layer.kernels_per_block)]
-        return [(weight_OGPS[:, group, p], bias_OGP[:, group, p]) for group, p in places]
-    return [(weight_OGPS[:, group].flatten(0, 1), bias_OGP[:, group].flatten()) for group in blocks]
+    weights, biases = (torch.split(rows.flatten(1, 2), together, 1) for rows in (weight_OGPS, bias_OGP))
+    return [(weight.flatten(0, 1), bias.flatten()) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

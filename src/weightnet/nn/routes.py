@@ -1,7 +1,9 @@
 """The channel shuffle of a stage, worked out beforehand: who makes a channel, who uses it, and in which order.
 
-If every convolution emits its channels sorted by the block that will use them, a block's input is a concatenation of
-slices, and the shuffle itself is gone. Nothing here computes on tensors.
+There are two ways, and the shuffle itself is gone in both. If every convolution emits its channels sorted by the block
+that will use them, a block's input is a concatenation of slices (`Routes`). If it emits each channel at a place where
+the map that passes the block has one that is used up just then, a block's input takes each place from either map
+(`Selection`). Nothing here computes on tensors.
 
 Source: the idea is derived in docs/static.md.
 """
@@ -87,16 +89,74 @@ def _use(
     return use
 
 
-def whole_use(channels: int, groups: int) -> Use:
-    """Return the use of all channels of a single producer, in so many tensors of equal size."""
-    runs = channel_runs(channels, groups)
-    return Use([[Slice(0, run[0], run[-1] + 1)] for run in runs], runs, {0: list(range(channels))})
+class Selection(NamedTuple):
+    """How the blocks of a stage choose from two maps, of half its width each.
+
+    `identity` is the map that passes a block, `last` what the last block emitted. A block takes every second channel of
+    both, and what it leaves of both passes. At each place one of the two maps has a channel that is taken, and the
+    other one that is left.
+
+    `emitted` has, for each producer, its channels in the order in which it emits them. `halves` has the slices of the
+    first block's producers that make the first `identity` and the first `last`. For each block after the first,
+    `masks` tells of each place whether `identity` has the channel that is taken, and `channels` which of its input
+    channels that is. `end` has the stage's channels as they are in the two maps behind the last block.
+    """
+
+    emitted: list[list[int]]
+    halves: list[list[Slice]]
+    masks: list[list[bool]]
+    channels: list[list[int]]
+    end: list[int]
 
 
-def join_slices(slices: list[list[Slice]], *, matmul: bool) -> list[list[Slice]]:
-    """Return the slices of each input tensor: one for a matrix product, one for each block of inputs otherwise."""
-    if not matmul:
-        return slices
+def plan_selection(produced: tuple[int, int], blocks: int) -> Selection:
+    """Find an order of the channels in which a block's input is a selection from two maps.
+
+    Args:
+        produced: channels of the first block's two producers (projection, branch); their sum is the stage's width.
+        blocks: how many come after the first.
+
+    Example:
+        >>> plan_selection((2, 2), 1).masks, plan_selection((2, 2), 1).emitted
+        ([[False, True]], [[0, 1], [1, 0], [0, 1]])
+    """
+    width = sum(produced)
+    half = width // 2
+    identity, last = list(range(half)), list(range(half, width))  # at each place the channel of the shuffled stage
+    orders, masks, channels = [], [], []
+    for block in range(blocks):
+        if block == 0 and produced[0] > half:  # then `last` is made of two slices, and `identity` of one
+            identity = _matched(last, identity)
+        else:
+            last = _matched(identity, last)
+        orders.append(identity + last if block == 0 else last)
+        masks.append([channel % 2 == 1 for channel in identity])
+        both = [(i, j) if i % 2 else (j, i) for i, j in zip(identity, last, strict=True)]
+        channels.append([taken // 2 for taken, _ in both])
+        identity, last = [left // 2 for _, left in both], list(range(half, width))
+    orders.append(last if blocks else identity + last)
+
+    first, split = orders[0], produced[0]
+    emitted = [first[:split], [channel - split for channel in first[split:]]]
+    emitted += [[channel - half for channel in order] for order in orders[1:]]
+    edges = sorted({0, split, half, width})
+    slices = [
+        Slice(0, start, stop) if stop <= split else Slice(1, start - split, stop - split)
+        for start, stop in itertools.pairwise(edges)
+    ]
+    cut = edges.index(half)
+    return Selection(emitted, [slices[:cut], slices[cut:]], masks, channels, identity + last)
+
+
+def _matched(places: list[int], channels: list[int]) -> list[int]:
+    """Return channels in an order in which each that is taken is at the place of one that is left, and vice versa."""
+    taken, left = ([channel for channel in channels if channel % 2 == odd] for odd in (1, 0))
+    pools = iter(taken), iter(left)
+    return [next(pools[place % 2]) for place in places]
+
+
+def join_slices(slices: list[list[Slice]]) -> list[list[Slice]]:
+    """Return the slices of several tensors as those of a single one."""
     joined: list[Slice] = []
     for piece in itertools.chain(*slices):
         if joined and joined[-1].producer == piece.producer and joined[-1].stop == piece.start:
