@@ -102,8 +102,9 @@ def test_graph_gives_the_same_numbers_for_openvino(small, name, sides):
 def test_graph_that_selects_joins_maps_at_the_end_of_stages_only(small):
     network = small("plain")
     stages, blocks = 3, sum(network.spec.stage_repeats)
+    selections = 2 * (blocks - stages)
     kinds = kinds_of(build_graph(fold(network, select=True), ["logits"], openvino=True))
-    assert (kinds["Where"], kinds["Concat"], kinds["Split"]) == (2 * (blocks - stages), stages, 0)
+    assert (kinds["Add"], kinds["Mul"], kinds["Concat"], kinds["Split"]) == (selections, 2 * selections, stages, 0)
 
 
 def test_graph_makes_all_gates_of_a_block_by_one_product(small):

@@ -297,9 +297,11 @@ def _channel_select(writer: GraphWriter, name: str, layer: ChannelSelect, x: str
         writer.last.add(name)
     else:
         x, y = writer.channels_first(x), writer.channels_first(y)
-    # With a mask of fewer axes OpenVINO changes the layout of the maps.
-    mask = layer.mask.reshape((1, 1, 1, -1) if last else (1, -1, 1, 1)).numpy(force=True)
-    return writer.op("Where", [writer.constant(f"{name}.mask", mask), x, y], name)
+    # As products, which runtimes compute in every precision; with fewer axes OpenVINO changes the layout of the maps.
+    mask = layer.mask.reshape((1, 1, 1, -1) if last else (1, -1, 1, 1)).float().numpy(force=True)
+    first = writer.op("Mul", [x, writer.constant(f"{name}.mask", mask)], f"{name}.first")
+    second = writer.op("Mul", [y, writer.constant(f"{name}.others", 1 - mask)], f"{name}.second")
+    return writer.op("Add", [first, second], name)
 
 
 # What each step and each layer becomes; their arguments are those of the traced call.

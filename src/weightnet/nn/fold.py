@@ -41,16 +41,15 @@ FoldForm = Literal["auto", "feature", "matmul"]
 _Form: TypeAlias = Literal["feature", "matmul"]
 _Block: TypeAlias = PlainBlock | WeightNetBlock
 
+# The size of photos for which forms are chosen: the faster one for a stage is that at most sizes.
+_SIZE_PX = 224
+
 
 class _Given(NamedTuple):
     """What a block is given: the channels of its tensors, and which of its channels each mean is that of (-1: none)."""
 
     channels: list[list[int]]
     pooled: list[int]
-
-
-# The size of photos for which forms are chosen: the faster one for a stage is that at most sizes.
-_SIZE_PX = 224
 
 
 class FoldedPlainBlock(nn.Module):
