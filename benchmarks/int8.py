@@ -15,8 +15,10 @@ processor has it, except in `int8, rest float32`. The graphs that are tried:
 
 Accuracy: DATA has `train/` and `val/`. 256 training photos calibrate, 1,000 others decide how much of the tails is cut
 off, and the validation photos are measured once, with that. `of 7 bits` and `of 8 bits` are `int8, rest float32` with
-weights that take so many each; the latter need a processor with VNNI. What FILE of --out had of other models is kept
-and, with --rounds 0, its speed; on a processor without bfloat16 also the column bfloat16 of the same model.
+weights that take so many each; the latter need a processor with VNNI. `bfloat16, emulated` is computed by PyTorch with
+all weights and maps in bfloat16, on any processor, in the form that `weightnet export` writes. What FILE of --out had
+of other models is kept and, with --rounds 0, its speed; on a processor without bfloat16 also the column bfloat16 of the
+same model.
 """
 
 import argparse
@@ -42,7 +44,16 @@ NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
 STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
 PROFILED_BATCH = 8
 CALIBRATED, CHOSEN_ON = 256, 1000  # photos
-MEASURED = ("float32", "bfloat16", "int8", "int8, at each input", "int8, rest float32", "of 7 bits", "of 8 bits")
+MEASURED = (
+    "float32",
+    "bfloat16",
+    "bfloat16, emulated",
+    "int8",
+    "int8, at each input",
+    "int8, rest float32",
+    "of 7 bits",
+    "of 8 bits",
+)
 SAME_MODEL = 0.05  # percent: processors round differently
 TAILS = (0.0, 1e-5, 1e-4, 1e-3)  # shares of the values at each end that may be cut off
 
@@ -232,7 +243,8 @@ def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
         "photos": len(labels),
         "tail": tail,
         "train_top1_by_tail": {"float32": top1(model, "f32", *chosen_on), **{str(t): choice[t] for t in TAILS}},
-        "top1": {variant: top1(graph, precision, photos, labels) for variant, (graph, precision) in variants.items()},
+        "top1": {variant: top1(graph, precision, photos, labels) for variant, (graph, precision) in variants.items()}
+        | {"bfloat16, emulated": top1_emulated(network, photos, labels)},
     }
 
 
@@ -257,6 +269,23 @@ def top1(model: Any, precision: str, photos: Photos, labels: Any) -> float:
         padded = np.concatenate([x_BCHW, np.zeros((batch - len(x_BCHW), *x_BCHW.shape[1:]), np.float32)])
         logits = next(iter(request.infer([padded]).values()))[: len(x_BCHW)]
         right += int((logits.argmax(1) == labels[start : start + batch]).sum())
+    return round(100 * right / len(labels), 2)
+
+
+def top1_emulated(network: Any, photos: Photos, labels: Any) -> float:
+    """The same for a network in PyTorch, all weights and maps in bfloat16."""
+    import torch
+
+    import weightnet
+
+    folded = weightnet.fold(network).bfloat16().to(memory_format=torch.channels_last)
+    right = 0
+    with torch.inference_mode():
+        for x_BCHW, of_batch in zip(
+            torch.from_numpy(photos).split(32), torch.from_numpy(labels).split(32), strict=True
+        ):
+            x_BCHW = x_BCHW.bfloat16().contiguous(memory_format=torch.channels_last)
+            right += int((folded(x_BCHW).argmax(1) == of_batch).sum())
     return round(100 * right / len(labels), 2)
 
 

@@ -13,8 +13,9 @@ which makes one pass of an operator and the sums, products and ReLUs after it (d
 
 * The gain of a depthwise layer is multiplied into those of the layer before it; for OpenVINO into that layer's output.
 * Generated kernels (the form "matmul"): maps are (B, C, H, W), a layer is a product with a map, and a small product
-  mixes its kernels. For OpenVINO maps are (B, H, W, C) from one such layer to the next, as it has them in memory
-  anyway, a layer is a product of its pixels, and its kernels are sums of scaled matrices.
+  mixes its kernels, or a sum where each block of inputs has one. For OpenVINO maps are (B, H, W, C) from one such
+  layer to the next, as it has them in memory anyway, a layer is a product of its pixels, and its kernels are sums of
+  scaled matrices.
 * A block's input is joined of slices; for OpenVINO, where `fold` made it so, it is selected from two maps.
 * A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
   the map moved by each. (`weightnet.export.graph_openvino` has both.)
