@@ -278,12 +278,12 @@ def top1_emulated(network: Any, photos: Photos, labels: Any) -> float:
 
     import weightnet
 
-    folded = weightnet.fold(network).bfloat16().to(memory_format=torch.channels_last)
+    folded: Any = weightnet.fold(network).bfloat16()
+    folded = folded.to(memory_format=torch.channels_last)
     right = 0
     with torch.inference_mode():
-        for x_BCHW, of_batch in zip(
-            torch.from_numpy(photos).split(32), torch.from_numpy(labels).split(32), strict=True
-        ):
+        batches = zip(*(torch.split(torch.from_numpy(array), 32) for array in (photos, labels)), strict=True)
+        for x_BCHW, of_batch in batches:
             x_BCHW = x_BCHW.bfloat16().contiguous(memory_format=torch.channels_last)
             right += int((folded(x_BCHW).argmax(1) == of_batch).sum())
     return round(100 * right / len(labels), 2)
