@@ -168,8 +168,7 @@ def test_selections_bring_every_channel_where_the_shuffle_brings_it(produced: tu
     outputs = [torch.arange(size) + 100 * producer for producer, size in enumerate([*produced, *[half] * blocks])]
     emitted = [output[order] for output, order in zip(outputs, plan.emitted, strict=True)]
     x = torch.cat(outputs[:2])
-    halves = [torch.cat([emitted[source][start:stop] for source, start, stop in half]) for half in plan.halves]
-    identity, last = halves
+    identity, last = (torch.cat([emitted[of][start:stop] for of, start, stop in slices]) for slices in plan.halves)
     for block, (mask, channels) in enumerate(zip(plan.masks, plan.channels, strict=True)):
         taken, entering = torch.where(torch.tensor(mask), identity, last), x[1::2]
         assert torch.equal(taken, entering[channels])

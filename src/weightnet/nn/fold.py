@@ -156,7 +156,9 @@ class FoldedSelectingStage(nn.Module):
     It takes and returns what a `FoldedStage` does; at its end both maps, in one tensor or in two.
     """
 
-    def __init__(self, blocks: list[nn.Module], plan: Selection, *, tensors: int, gates: bool, gates_behind: bool):
+    def __init__(
+        self, blocks: list[nn.Module], plan: Selection, *, tensors: int, gates: bool, gates_behind: bool
+    ) -> None:
         super().__init__()
         self.blocks, self.halves = nn.ModuleList(blocks), plan.halves
         self.taken = nn.ModuleList(ChannelSelect(mask) for mask in plan.masks)
