@@ -17,7 +17,7 @@ SMALL = {
     "r1 one block": NetworkSpec((16, 32, 64), 1, 1, 0.0, (1, 2, 1), 8, 32, 10),
     "r2 four blocks": NetworkSpec((16, 32, 64), 8, 4, 0.0, (2, 1, 2), 8, 32, 10),
     "r3 one block": NetworkSpec((16, 32, 64), 3, 1, 0.0, (2, 1, 2), 8, 32, 10),
-    "r6 one block": NetworkSpec((16, 32, 64), 6, 1, 0.0, (2, 1, 2), 8, 32, 10),
+    "r9 one block": NetworkSpec((16, 32, 64), 9, 1, 0.0, (2, 1, 2), 8, 32, 10),
 }
 
 

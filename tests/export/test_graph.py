@@ -14,7 +14,7 @@ from weightnet.export.graph import build_graph
 from weightnet.nn.fold import fold
 from weightnet.predict.interface import OUTPUTS
 
-NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block", "r6 one block")
+NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block", "r9 one block")
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -32,7 +32,9 @@ def test_graph_has_constant_convolutions_and_no_shuffle(small, name):
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     assert len(convolutions) >= 10
     assert all(set(node.input[1:]) <= set(constants) for node in convolutions)
-    assert not {"Transpose", "BatchNormalization", "Gather", "Cast"} & set(kinds_of(model))
+    assert not {"BatchNormalization", "Gather", "Cast"} & set(kinds_of(model))
+    turned = [node.name for node in model.graph.node if node.op_type == "Transpose"]
+    assert all(name.endswith(".gates.turned") for name in turned)
     steps = [constants[node.input[3]] for node in model.graph.node if node.op_type == "Slice" and len(node.input) > 3]
     assert all(onnx.numpy_helper.to_array(step) == 1 for step in steps)  # a shuffle by every other channel has 2
     assert {node.domain for node in model.graph.node} == {""}
@@ -57,7 +59,7 @@ def test_graph_for_openvino_turns_maps_only_where_convolutions_meet_products(sma
 
 
 def test_graph_for_openvino_mixes_the_kernels_of_depthwise_layers_that_have_many(small):
-    folded = fold(small("r6 one block"))
+    folded = fold(small("r9 one block"))
     graph = build_graph(folded, ["logits"], openvino=True).graph
     assert [node.name for node in graph.node if node.op_type == "Conv"] == ["first_conv", "conv_last"]
     blocks, stages = sum(folded.spec.stage_repeats), len(folded.spec.stage_repeats)
@@ -76,7 +78,8 @@ def test_graph_for_openvino_multiplies_maps_and_not_gains_by_the_gain_of_a_depth
     for openvino in (False, True):
         graph = build_graph(fold(small("r1"), form="feature"), ["logits"], openvino=openvino).graph
         per_channel = {node.output[0] for node in graph.node if node.op_type == "Unsqueeze"}
-        products = [node for node in graph.node if node.op_type == "Mul"]
+        layers = [node for node in graph.node if node.name.startswith("stages.") and not node.name.endswith(".below")]
+        products = [node for node in layers if node.op_type == "Mul"]
         counts.append((len(products), sum(per_channel.isdisjoint(node.input) for node in products)))
     blocks = 7
     # By default two gains and a bias of each block are multiplied; for OpenVINO, once, what they give.
@@ -104,7 +107,17 @@ def test_graph_that_selects_joins_maps_at_the_end_of_stages_only(small):
     stages, blocks = 3, sum(network.spec.stage_repeats)
     selections = 2 * (blocks - stages)
     kinds = kinds_of(build_graph(fold(network, select=True), ["logits"], openvino=True))
-    assert (kinds["Add"], kinds["Mul"], kinds["Concat"], kinds["Split"]) == (selections, 2 * selections, stages, 0)
+    assert (kinds["Where"], kinds["Concat"], kinds["Split"]) == (selections, stages, 0)
+
+
+def test_graph_for_openvino_takes_means_over_one_axis_or_of_squares(small):
+    graph = build_graph(fold(small("r1")), ["logits"], openvino=True).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    axes = Counter(tuple(constants[node.input[1]]) for node in graph.node if node.op_type == "ReduceMean")
+    # Maps (B, H, W, C) of the stages of products; then two of the last stage and the network's last, of 64 and 32
+    # channels. Sixteen does not divide the 8 channels of the first map.
+    assert axes == {(1,): 7, (2, 3): 3}
+    assert [node.name for node in graph.node if node.op_type == "AveragePool"] == ["mean.squares"]
 
 
 def test_graph_makes_all_gates_of_a_block_by_one_product(small):

@@ -23,7 +23,7 @@ from weightnet.predict.engines import open_engine, open_exported
 from weightnet.predict.interface import OUTPUTS
 from weightnet.zoo.cards import read_card, write_card
 
-NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block", "r6 one block")
+NAMES = ("plain", "r1", "r1 one block", "r2 four blocks", "r3 one block", "r9 one block")
 needs_mnn = pytest.mark.skipif(not find_spec("MNN"), reason="needs MNN")
 SUFFIXES = (".onnx", ".xml", *[".mnn"] * bool(find_spec("MNN")))
 SHAPES = ((1, 3, 64, 64), (5, 3, 64, 64), (3, 3, 33, 97))

@@ -28,15 +28,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from weightnet import __version__
 from weightnet.errors import MissingDependencyError
-from weightnet.export.graph_openvino import product_with_pixels, sum_of_moved
+from weightnet.export.graph_openvino import mean_of_pixels, mean_of_squares, product_with_pixels, sum_of_moved
 from weightnet.export.graph_writer import GraphWriter
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.folded_layers import ChannelSelect, FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
 from weightnet.predict.exported import INPUT
-from weightnet.predict.interface import CLASS_WEIGHTS
+from weightnet.predict.interface import CLASS_WEIGHTS, MIN_SIZE_PX
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -73,7 +74,7 @@ def build_graph(
 
     computed = [name for name in outputs if name != CLASS_WEIGHTS]
     writer = GraphWriter(half_weights=half_weights, openvino=openvino)
-    names = _write_steps(writer, network, _Tracer().trace(_Outputs(network, computed)))
+    names = _write_steps(writer, network, _traced(_Outputs(network, computed)))
     writer.rename(dict(zip(names, computed, strict=True)))
     if CLASS_WEIGHTS in outputs:
         writer.op("Identity", [writer.weight("classifier.weight", network.classifier.weight)], CLASS_WEIGHTS)
@@ -124,6 +125,15 @@ class _Tracer(fx.Tracer):
         return iter([obj[part] for part in range(len(obj.node.args[1]))])  # type: ignore[arg-type, index]
 
 
+def _traced(outputs: _Outputs) -> fx.Graph:
+    """Return the steps of a network, which know the shapes of what they give, of one photo."""
+    graph = _Tracer().trace(outputs)
+    spec, weight = outputs.network.spec, outputs.network.classifier.weight
+    with torch.no_grad():
+        ShapeProp(fx.GraphModule(outputs, graph)).propagate(weight.new_zeros(1, spec.in_channels, *[MIN_SIZE_PX] * 2))
+    return graph
+
+
 def _write_steps(writer: GraphWriter, network: nn.Module, traced: fx.Graph) -> list[str]:
     """Write all steps of a traced network and return the names of the outputs."""
     values: dict[fx.Node, Any] = {}
@@ -131,7 +141,9 @@ def _write_steps(writer: GraphWriter, network: nn.Module, traced: fx.Graph) -> l
         args = fx.map_arg(node.args, lambda used: values[used])
         if node.op == "output":
             return list(args[0])
-        values[node] = _written_step(writer, network, node, args)
+        values[node] = value = _written_step(writer, network, node, args)
+        if isinstance(value, str) and len(shape := node.meta["tensor_meta"].shape) == 4:
+            writer.channels[value] = shape[1]
     raise AssertionError("a trace ends with its output")
 
 
@@ -149,8 +161,11 @@ def _written_step(writer: GraphWriter, network: nn.Module, node: fx.Node, args: 
 
 def _mean(writer: GraphWriter, name: str, x: str, axes: tuple[int, ...]) -> str:
     assert axes == (2, 3)
-    where = writer.integers("pixel_axes", (1, 2)) if x in writer.last else writer.integers("spatial_axes", (2, 3))
-    return writer.op("ReduceMean", [x, where], name, {"keepdims": 0})
+    if writer.openvino and x in writer.last:
+        return mean_of_pixels(writer, name, x)
+    if writer.openvino and writer.channels[x] % 16:
+        return mean_of_squares(writer, name, x)
+    return writer.op("ReduceMean", [x, writer.integers("spatial_axes", (2, 3))], name, {"keepdims": 0})
 
 
 def _sigmoid(writer: GraphWriter, name: str, x: str) -> str:
@@ -273,13 +288,14 @@ def _product_with_maps(
 
 
 def _kernel(writer: GraphWriter, name: str, bank_OPI: Tensor, gate: str) -> str:
-    """Write kernels (B, O, I): the sum of a bank's, times their gates (B, O * P)."""
+    """Write kernels (B, O, I): the sum of a bank's, times their gates (B, P * O)."""
     outputs, mixed, inputs = bank_OPI.shape
     if mixed == 1:
         column = writer.op("Unsqueeze", [gate, writer.integers("column_axis", (2,))], f"{name}.gates")
         return writer.op("Mul", [column, writer.weight(f"{name}.bank", bank_OPI[:, 0])], name)
-    rows = writer.integers(f"shape_{outputs}_1_{mixed}", (0, outputs, 1, mixed))
-    gate = writer.op("Reshape", [gate, rows], f"{name}.gates")
+    apart = writer.integers(f"shape_{mixed}_{outputs}_1", (0, mixed, outputs, 1))
+    gate = writer.op("Reshape", [gate, apart], f"{name}.gates")
+    gate = writer.op("Transpose", [gate], f"{name}.gates.turned", {"perm": (0, 2, 3, 1)})
     kernel = writer.op("MatMul", [gate, writer.weight(f"{name}.bank", bank_OPI)], f"{name}.mixed")
     flat = writer.integers(f"shape_{outputs}_{inputs}", (0, outputs, inputs))
     return writer.op("Reshape", [kernel, flat], name)
@@ -298,11 +314,9 @@ def _channel_select(writer: GraphWriter, name: str, layer: ChannelSelect, x: str
         writer.last.add(name)
     else:
         x, y = writer.channels_first(x), writer.channels_first(y)
-    # As products, which runtimes compute in every precision; with fewer axes OpenVINO changes the layout of the maps.
-    mask = layer.mask.reshape((1, 1, 1, -1) if last else (1, -1, 1, 1)).float().numpy(force=True)
-    first = writer.op("Mul", [x, writer.constant(f"{name}.mask", mask)], f"{name}.first")
-    second = writer.op("Mul", [y, writer.constant(f"{name}.others", 1 - mask)], f"{name}.second")
-    return writer.op("Add", [first, second], name)
+    # With fewer axes OpenVINO changes the layout of the maps.
+    mask = layer.mask.reshape((1, 1, 1, -1) if last else (1, -1, 1, 1)).numpy(force=True)
+    return writer.op("Where", [writer.constant(f"{name}.mask", mask), x, y], name)
 
 
 # What each step and each layer becomes; their arguments are those of the traced call.

@@ -15,6 +15,8 @@ from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, MatmulPointwis
 
 # A sum of so many products is one pass in OpenVINO: a pass takes at most twelve maps, gains and results.
 _ONE_PASS = 4
+# Maps of photos of 224 px are made of whole squares of so many pixels a side.
+_SQUARE = 7
 
 
 def product_with_pixels(
@@ -22,28 +24,53 @@ def product_with_pixels(
 ) -> str:
     """Write a map's pixels (B, H * W, G * I) times kernels (B, G * I, O), and a ReLU, as a map (B, H, W, O)."""
     outputs = layer.banks[0].shape[0]
-    gates_B1O = [_rows(writer, f"{name}.gates.{group}", gate, layer.mixed, outputs) for group, gate in enumerate(gates)]
+    gates_B11O = [_rows(writer, f"{name}.gates.{group}", gate, layer.mixed) for group, gate in enumerate(gates)]
     banks_PIO = [bank_OPI.permute(1, 2, 0) for bank_OPI in layer.banks]
     if layer.summed:
-        gates_B1O, banks_PIO = [list(itertools.chain(*gates_B1O))], [torch.cat(banks_PIO)]
+        gates_B11O, banks_PIO = [list(itertools.chain(*gates_B11O))], [torch.cat(banks_PIO)]
     kernels = [
         _mixed(writer, f"{name}.mixed.{group}", of_bank, f"{name}.banks.{group}", bank_PIO)
-        for group, (of_bank, bank_PIO) in enumerate(zip(gates_B1O, banks_PIO, strict=True))
+        for group, (of_bank, bank_PIO) in enumerate(zip(gates_B11O, banks_PIO, strict=True))
     ]
-    kernel = kernels[0] if len(kernels) == 1 else writer.op("Concat", kernels, f"{name}.kernel", {"axis": 1})
-    inputs = sum(bank_PIO.shape[1] for bank_PIO in banks_PIO)
-    y = writer.op("MatMul", [writer.pixels(x, inputs), kernel], f"{name}.product")
+    kernel = kernels[0] if len(kernels) == 1 else writer.op("Concat", kernels, f"{name}.joined", {"axis": 2})
+    kernel = writer.op("Squeeze", [kernel, writer.integers("pixels_axis", (1,))], f"{name}.kernel")
+    y = writer.op("MatMul", [writer.pixels(x), kernel], f"{name}.product")
     y = writer.op("Relu", [writer.op("Add", [y, writer.row(bias)], f"{name}.linear")], f"{name}.relu")
     return writer.map_of(y, x, outputs, name)
 
 
-def _rows(writer: GraphWriter, name: str, gate: str, mixed: int, outputs: int) -> list[str]:
-    """Write gates (B, O * P) as P rows (B, 1, O)."""
-    if mixed == 1:
-        return [writer.row(gate)]
-    apart = writer.op("Reshape", [gate, writer.integers(f"rows_{outputs}_{mixed}", (0, outputs, mixed))], name)
-    turned = writer.op("Transpose", [apart], f"{name}.turned", {"perm": (0, 2, 1)})
-    return writer.equal_parts(f"{name}.rows", turned, mixed, 1)
+def mean_of_pixels(writer: GraphWriter, name: str, x: str) -> str:
+    """Write the means (B, C) of a map (B, H, W, C); over one axis they take less time than over two."""
+    return writer.op("ReduceMean", [writer.pixels(x), writer.integers("pixels_axis", (1,))], name, {"keepdims": 0})
+
+
+def mean_of_squares(writer: GraphWriter, name: str, x: str) -> str:
+    """Write the means (B, C) of a map (B, C, H, W), by the means of squares of its pixels.
+
+    OpenVINO's ReduceMean takes 16 channels at once, and four times as long where some are left over.
+    """
+    from onnx import TensorProto
+
+    window = {"kernel_shape": [_SQUARE] * 2, "strides": [_SQUARE] * 2}
+    squares = writer.op("AveragePool", [_filled(writer, x, (2, 3), _SQUARE)], f"{name}.squares", window)
+    total = writer.op("ReduceSum", [squares, writer.integers("spatial_axes", (2, 3))], f"{name}.sum", {"keepdims": 0})
+    size = writer.op("Shape", [x], f"{name}.size", {"start": 2})
+    pixels = writer.op(
+        "Cast", [writer.op("ReduceProd", [size], f"{name}.count")], f"{name}.pixels", {"to": TensorProto.FLOAT}
+    )
+    area = writer.constant("square", np.array([[_SQUARE**2]], np.float32))
+    return writer.op("Mul", [total, writer.op("Div", [area, pixels], f"{name}.share")], name)
+
+
+def _rows(writer: GraphWriter, name: str, gate: str, mixed: int) -> list[str]:
+    """Write gates (B, P * O) as P rows (B, 1, 1, O)."""
+    rows = [gate] if mixed == 1 else writer.equal_parts(f"{name}.rows", gate, mixed, 1)
+    return [_pixel(writer, row) for row in rows]
+
+
+def _pixel(writer: GraphWriter, values: str) -> str:
+    """Write values (B, C) as maps (B, 1, 1, C) of one pixel."""
+    return writer.op_once("Unsqueeze", [values, writer.integers("pixel_axes", (1, 2))], f"{values}.pixel")
 
 
 def sum_of_moved(writer: GraphWriter, name: str, layer: GainDepthwise, x: str, gains: list[str]) -> str:
@@ -55,17 +82,19 @@ def sum_of_moved(writer: GraphWriter, name: str, layer: GainDepthwise, x: str, g
     convs = [conv for conv in layer.convs if isinstance(conv, FoldedConv)]
     padding, stride, size = convs[0].padding, convs[0].stride, convs[0].weight.shape[2]
     bank_PTC = torch.stack([conv.weight.flatten(1).T for conv in convs])
-    pixel_axes = writer.integers("pixel_axes", (1, 2))
-    gates_B11C = [writer.op("Unsqueeze", [gain, pixel_axes], f"{gain}.{name}.pixel") for gain in gains]
+    gates_B11C = [_pixel(writer, gain) for gain in gains]
     kernel_B1TC = _mixed(writer, f"{name}.mixed", gates_B11C, f"{name}.bank", bank_PTC)
     taps_B11C = writer.equal_parts(f"{name}.taps", kernel_B1TC, size * size, 2)
-    parts = _parts(writer, writer.channels_last(x, len(layer.bias)), stride)
+    parts = _parts(writer, writer.channels_last(x), stride)
     places = [divmod(tap - padding, stride) for tap in range(size)]  # of a tap: whole strides, and which part
     y = ""
     for number, (below, row) in enumerate(places):
         columns = [_moved(writer, parts[row][column], 0, -right) for right, column in places]
         taps = taps_B11C[number * size : (number + 1) * size]
-        total = _products_summed(writer, f"{name}.row.{number}", list(zip(columns, taps, strict=True)))
+        total = ""
+        for place, pair in enumerate(zip(columns, taps, strict=True)):
+            product = writer.op("Mul", pair, f"{name}.row.{number}.scaled.{place}")
+            total = writer.op("Add", [total, product], f"{name}.row.{number}.sum.{place}") if total else product
         moved = _moved(writer, total, -below, 0)
         y = writer.op("Add", [y, moved], f"{name}.rows.{number}") if y else moved
     writer.last.add(name)
@@ -79,11 +108,7 @@ def _parts(writer: GraphWriter, x: str, stride: int) -> list[list[str]]:
     """
     if stride == 1:
         return [[x]]
-    shape = writer.op("Shape", [x], f"{x}.shape")
-    below = writer.op("Mul", [shape, writer.integers("below", (0, -1, -1, 0))], f"{x}.below")
-    lacking = writer.op("Mod", [below, writer.integers(f"integer_{stride}", (stride,))], f"{x}.lacking")
-    pads = writer.op("Concat", [writer.integers("no_pads", (0, 0, 0, 0)), lacking], f"{x}.pads", {"axis": 0})
-    whole = writer.op("Pad", [x, pads], f"{x}.whole")
+    whole = _filled(writer, x, (1, 2), stride)
     ends, axes = writer.integers("ends", [np.iinfo(np.int64).max] * 2), writer.integers("pixel_axes", (1, 2))
     steps = writer.integers(f"steps_{stride}", (stride, stride))
     parts: list[list[str]] = []
@@ -91,6 +116,16 @@ def _parts(writer: GraphWriter, x: str, stride: int) -> list[list[str]]:
         begins = [writer.integers(f"from_{row}_{column}", (row, column)) for column in range(stride)]
         parts.append([writer.op("Slice", [whole, begin, ends, axes, steps], f"{x}.{begin}") for begin in begins])
     return parts
+
+
+def _filled(writer: GraphWriter, x: str, axes: tuple[int, int], multiple: int) -> str:
+    """Write a map with zeros behind its rows and columns, up to a multiple of so many; `axes` are theirs."""
+    shape = writer.op("Shape", [x], f"{x}.shape")
+    signs = writer.integers(f"below_{axes}", [-(axis in axes) for axis in range(4)])
+    below = writer.op("Mul", [shape, signs], f"{x}.below")
+    lacking = writer.op("Mod", [below, writer.integers(f"integer_{multiple}", (multiple,))], f"{x}.lacking")
+    pads = writer.op("Concat", [writer.integers("no_pads", (0, 0, 0, 0)), lacking], f"{x}.pads", {"axis": 0})
+    return writer.op("Pad", [x, pads], f"{x}.whole")
 
 
 def _moved(writer: GraphWriter, x: str, down: int, right: int) -> str:
@@ -102,18 +137,21 @@ def _moved(writer: GraphWriter, x: str, down: int, right: int) -> str:
 
 
 def _mixed(writer: GraphWriter, name: str, gates: Sequence[str], bank: str, matrices: Tensor) -> str:
-    """Write the sum of a bank's matrices, each times its gates: those of each photo as a row or as a column."""
-    weights = [writer.weight(f"{bank}.{number}", matrix) for number, matrix in enumerate(matrices.unbind(0))]
-    return _products_summed(writer, name, list(zip(gates, weights, strict=True)))
+    """Write the sum (B, 1, I, O) of a bank's matrices (P, I, O), each times its gates, a row (B, 1, 1, O).
 
-
-def _products_summed(writer: GraphWriter, name: str, factors: Sequence[tuple[str, str]]) -> str:
-    """Write a sum of products, in pieces that are one pass each."""
-    total = ""
-    for first in range(0, len(factors), _ONE_PASS):
-        piece = ""
-        for number, pair in enumerate(factors[first : first + _ONE_PASS], first):
-            product = writer.op("Mul", pair, f"{name}.scaled.{number}")
-            piece = writer.op("Add", [piece, product], f"{name}.sum.{number}") if piece else product
-        total = writer.op("Add", [total, piece], f"{name}.{first}") if total else piece
+    With three axes OpenVINO would compute it in blocks of 16 rows, and bring them into order again. Where it takes more
+    than one pass, each goes on from the sum before it, as long as that comes with other axes: with these OpenVINO would
+    try to join both passes, and, as that is too much for one, begin a third for their sum.
+    """
+    total, axis = "", writer.integers("pixels_axis", (1,))
+    for number, (gate, matrix) in enumerate(zip(gates, matrices.unbind(0), strict=True)):
+        passes_behind = (len(gates) - 1) // _ONE_PASS - number // _ONE_PASS
+        apart = passes_behind % 2 == 1  # (B, 1, 1, I, O)
+        if apart:
+            gate = writer.op_once("Unsqueeze", [gate, axis], f"{gate}.apart")
+        weight = writer.weight(f"{bank}.{number}", matrix[None, None])
+        product = writer.op("Mul", [gate, weight], f"{name}.scaled.{number}")
+        total = writer.op("Add", [total, product], f"{name}.sum.{number}") if total else product
+        if passes_behind and (number + 1) % _ONE_PASS == 0:
+            total = writer.op("Squeeze" if apart else "Unsqueeze", [total, axis], f"{name}.passed.{number}")
     return total

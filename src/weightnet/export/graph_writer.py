@@ -15,12 +15,13 @@ class GraphWriter:
             same.
         openvino: whether OpenVINO is to run the graph, not ONNX Runtime.
 
-    Maps are (B, C, H, W); `last` has the names of those that are (B, H, W, C).
+    Maps are (B, C, H, W); `last` has the names of those that are (B, H, W, C), and `channels` has the number C of each.
     """
 
     def __init__(self, *, half_weights: bool, openvino: bool) -> None:
         self.half_weights, self.openvino = half_weights, openvino
         self.last: set[str] = set()
+        self.channels: dict[str, int] = {}
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self._known: set[str] = set()
@@ -96,22 +97,23 @@ class GraphWriter:
             return x
         return self.op_once("Transpose", [x], f"{x}.channels_first", {"perm": (0, 3, 1, 2)})
 
-    def channels_last(self, x: str, channels: int) -> str:
+    def channels_last(self, x: str) -> str:
         """Write a map as (B, H, W, C), where it is not, and return its name.
 
         It goes by way of the pixels. Without them OpenVINO keeps the map as it lies and takes its axes in another
         order, which makes all operators on it several times as slow.
         """
-        return x if x in self.last else self.map_of(self.pixels(x, channels), x, channels, f"{x}.channels_last")
+        return x if x in self.last else self.map_of(self.pixels(x), x, self.channels[x], f"{x}.channels_last")
 
     def has_pixels(self, x: str) -> bool:
         """Return whether a map's pixels are at hand."""
         return x in self.last or f"{x}.pixels" in self._known
 
-    def pixels(self, x: str, channels: int) -> str:
+    def pixels(self, x: str) -> str:
         """Write a map as (B, H * W, C) and return its name."""
         last = x if x in self.last else self.op_once("Transpose", [x], f"{x}.turned", {"perm": (0, 2, 3, 1)})
-        return self.op_once("Reshape", [last, self.integers(f"pixels_{channels}", (0, -1, channels))], f"{x}.pixels")
+        shape = self.integers(f"pixels_{self.channels[x]}", (0, -1, self.channels[x]))
+        return self.op_once("Reshape", [last, shape], f"{x}.pixels")
 
     def map_of(self, pixels: str, x: str, channels: int, name: str) -> str:
         """Write pixels (B, H * W, C) as a map (B, H, W, C) of the height and width of the map x; return its name."""

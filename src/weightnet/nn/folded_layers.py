@@ -62,7 +62,7 @@ class MatmulPointwise(nn.Module):
     The banks of the blocks of inputs give pieces of a kernel, to be joined, or to be summed up where each bank is as
     wide as the whole input, with zeros for the other blocks.
 
-    Shape: one input (B, G * I, H, W), G gates (B, O * P) and a bias (1, O) give (B, O, H, W), times a factor (B, O)
+    Shape: one input (B, G * I, H, W), G gates (B, P * O) and a bias (1, O) give (B, O, H, W), times a factor (B, O)
     that is not negative where one is given, which goes with P = 1.
     """
 
@@ -81,7 +81,7 @@ class MatmulPointwise(nn.Module):
             if mixed == 1:
                 kernels.append(gate[:, :, None] * bank_OPI[:, 0])
             else:
-                kernels.append(torch.einsum("bop,opi->boi", gate.reshape(gate.shape[0], outputs, mixed), bank_OPI))
+                kernels.append(torch.einsum("bpo,opi->boi", gate.reshape(gate.shape[0], mixed, outputs), bank_OPI))
         kernel = sum(kernels[1:], kernels[0]) if self.summed else torch.cat(kernels, 2)
         y = kernel @ x.flatten(2) + bias[..., None]
         return F.relu(y).reshape(x.shape[0], bias.shape[1], x.shape[2], x.shape[3])
@@ -197,7 +197,7 @@ def gate_rows(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the rows of `wn_fc1` that make the gates of a layer, as weight and bias.
 
-    There are G * P gates, those of the first block of inputs first; so many come together, (O * together, S).
+    There are G * P gates, those of the first block of inputs first; so many come together, (together * O, S).
     """
     shape = (layer.out_channels, layer.blocks, layer.kernels_per_block)
     weight_OGPS = layer.wn_fc1.weight.reshape(*shape, -1)
@@ -205,7 +205,8 @@ def gate_rows(
     if outputs is not None:
         weight_OGPS, bias_OGP = weight_OGPS[outputs], bias_OGP[outputs]
     weights, biases = (torch.split(rows.flatten(1, 2), together, 1) for rows in (weight_OGPS, bias_OGP))
-    return [(weight.flatten(0, 1), bias.flatten()) for weight, bias in zip(weights, biases, strict=True)]
+    pairs = zip(weights, biases, strict=True)
+    return [(weight.transpose(0, 1).flatten(0, 1), bias.T.flatten()) for weight, bias in pairs]
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
