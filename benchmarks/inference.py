@@ -3,13 +3,15 @@
     python benchmarks/inference.py [--rounds N] [--out benchmarks/results/inference.json]
     python benchmarks/inference.py --table benchmarks/results/inference.json
 
-Twelve networks at 224 px, batches of 1, 8 and 32, on one processor core and on two (each in a process that is held to
-so many), with new weights and batch norms calibrated on noise. Engines: PyTorch with a kernel for each sample, as ports
-write it (`per-sample`, benchmarks/port.py), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the
-file exported for each; OpenVINO in bfloat16 likewise, where the processor has it. Within one batch size all take turns:
-a pause in which the threads of the engine before go to sleep, a run that wakes its own, and the run that counts.
-Figures are medians and quartiles over the rounds, in milliseconds a batch, and ratios are of the medians of one
-process. The peak is that of a matrix product of 1,024 x 1,024; OpenVINO's float32 is held against it.
+Twelve networks at 224 px, batches of 1, 8 and 32, on one processor core and on two, with new weights and batch norms
+calibrated on noise. Engines: PyTorch with a kernel for each sample, as ports write it (`per-sample`,
+benchmarks/port.py), and with the folded network (`torch`); ONNX Runtime and OpenVINO with the file exported for each;
+OpenVINO in bfloat16 likewise, where the processor has it. The three networks of a width, one of them plain, have a
+process, which is held to so many cores; all at once would drive each other's weights out of the caches. Within one
+batch size all engines of these take turns: a pause in which the threads of the engine before go to sleep, a run that
+wakes its own, and the run that counts. Figures are medians and quartiles over the rounds, in milliseconds a batch, and
+ratios are of the medians of one process. The peak is that of a matrix product of 1,024 x 1,024, the best of all
+processes; OpenVINO's float32 is held against it.
 """
 
 import argparse
@@ -124,13 +126,14 @@ def prepared_in_torch(engine: str, name: str, x_BCHW: Any) -> Run | None:
     return run
 
 
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of every network, engine and batch in this process."""
+def measure(folder: Path, rounds: int, plain: str) -> dict[str, Any]:
+    """Return the milliseconds of a plain network and those of its width in this process, by batch and engine."""
     times: dict[str, dict[str, list[float]]] = {}
     for batch in BATCHES:
         runs = {
             f"{name}|{engine}": run
             for name in networks()
+            if plain_twin(name) == plain
             for engine in ENGINES
             if (run := prepared(engine, name, folder, batch))
         }
@@ -146,7 +149,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
                 run()
                 milliseconds[key].append(1e3 * (time.perf_counter() - begun_at))
         times[str(batch)] = {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in milliseconds.items()}
-        print(f"  batch {batch} done", file=sys.stderr, flush=True)
+        print(f"  {plain}: batch {batch} done", file=sys.stderr, flush=True)
     return {"peak_gflops": peak_gflops(), "ms_quartiles": times}
 
 
@@ -302,13 +305,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
-    parser.add_argument("--times-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--times-in", nargs=2, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--memory-in", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds must be at least 2, for quartiles")
     if options.times_in:
-        print(json.dumps(measure(options.times_in, options.rounds)))
+        print(json.dumps(measure(Path(options.times_in[0]), options.rounds, options.times_in[1])))
     elif options.memory_in:
         print(json.dumps(peak_memory_mb(Path(options.memory_in[0]), options.memory_in[1])))
     elif options.table:
@@ -318,6 +321,19 @@ def main() -> None:
         show(tables(report))
         if options.out:
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_widths(folder: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Return the milliseconds of all networks on so many cores, and the peak, from a process for each width."""
+    arguments = ["--rounds", str(rounds), "--times-in", folder]
+    widths = [name for name in networks() if name == plain_twin(name)]
+    parts = [child(__file__, [*arguments, plain], threads) for plain in widths]
+    times: dict[str, dict[str, list[float]]] = {str(batch): {} for batch in BATCHES}
+    for part in parts:
+        for batch, of_batch in part["ms_quartiles"].items():
+            times[batch] |= of_batch
+    peaks = [part["peak_gflops"] for part in parts]
+    return {"peak_gflops": {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}, "ms_quartiles": times}
 
 
 def commit() -> str:
@@ -348,7 +364,7 @@ def measure_all(rounds: int) -> dict[str, Any]:
     measured_on = machine()
     with tempfile.TemporaryDirectory() as folder:
         export_all(Path(folder))
-        threads = {str(n): child(__file__, ["--times-in", folder, "--rounds", str(rounds)], n) for n in THREADS}
+        threads = {str(count): measure_widths(folder, rounds, count) for count in THREADS}
         memory = {engine: child(__file__, ["--memory-in", folder, engine], 1) for engine in ENGINES}
     return {
         "command": f"python benchmarks/inference.py --rounds {rounds}",

@@ -17,8 +17,9 @@ which makes one pass of an operator and the sums, products and ReLUs after it (d
   layer to the next, as it has them in memory anyway, a layer is a product of its pixels, and its kernels are sums of
   scaled matrices.
 * A block's input is joined of slices; for OpenVINO, where `fold` made it so, it is selected from two maps.
+* A mean is taken over the pixels; for OpenVINO over them as one axis, or of the means of squares of them.
 * A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
-  the map moved by each. (`weightnet.export.graph_openvino` has both.)
+  the map moved by each. (`weightnet.export.graph_openvino` has what is written for it.)
 """
 
 import operator

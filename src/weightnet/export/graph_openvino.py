@@ -1,4 +1,4 @@
-"""Layers whose kernels are generated, as OpenVINO computes them fastest: sums of products, and products of pixels.
+"""Layers of generated kernels, and means, as OpenVINO computes them fastest: sums of products, and of moved maps.
 
 Legend: as in `weightnet.nn.functional`; T is a kernel's taps.
 """
