@@ -19,7 +19,7 @@ which makes one pass of an operator and the sums, products and ReLUs after it (d
 * A block's input is joined of slices; for OpenVINO, where `fold` made it so, it is selected from two maps.
 * A mean is taken over the pixels; for OpenVINO over them as one axis, or of the means of squares of them.
 * A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
-  the map moved by each. (`weightnet.export.graph_openvino` has what is written for it.)
+  the map moved by each. (`weightnet.export.graph_openvino` has these and the means.)
 """
 
 import operator
