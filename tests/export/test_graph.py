@@ -49,12 +49,12 @@ def test_graph_for_static_weights_has_neither_reshapes_nor_products_of_kernels(s
 @pytest.mark.parametrize("name", ["r2 four blocks", "r3 one block"])
 def test_graph_for_openvino_turns_maps_only_where_convolutions_meet_products(small, name):
     graph = build_graph(fold(small(name)), ["logits"], openvino=True).graph
-    kinds = Counter(node.op_type for node in graph.node)
+    products = [node for node in graph.node if node.op_type == "MatMul" and not node.name.startswith("mean")]
     stages, blocks = 3, sum(small(name).spec.stage_repeats)
     turned = [node for node in graph.node if node.op_type == "Transpose" and len(node.attribute[0].ints) == 4]
     # Into each block's depthwise layer and out of it; in a stage's first block also those of the projection; at the
     # network's two ends.
-    assert kinds["MatMul"] == 2 * blocks + stages
+    assert len(products) == 2 * blocks + stages
     assert len(turned) == 2 * blocks + 2 * stages + 1
 
 
@@ -110,14 +110,16 @@ def test_graph_that_selects_joins_maps_at_the_end_of_stages_only(small):
     assert (kinds["Where"], kinds["Concat"], kinds["Split"]) == (selections, stages, 0)
 
 
-def test_graph_for_openvino_takes_means_over_one_axis_or_of_squares(small):
+def test_graph_for_openvino_takes_means_over_one_axis_or_of_products_or_squares(small):
     graph = build_graph(fold(small("r1")), ["logits"], openvino=True).graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     axes = Counter(tuple(constants[node.input[1]]) for node in graph.node if node.op_type == "ReduceMean")
     # Maps (B, H, W, C) of the stages of products; then two of the last stage and the network's last, of 64 and 32
-    # channels. Sixteen does not divide the 8 channels of the first map.
-    assert axes == {(1,): 7, (2, 3): 3}
-    assert [node.name for node in graph.node if node.op_type == "AveragePool"] == ["mean.squares"]
+    # channels. Sixteen does not divide the 8 channels of the first map and of the first stage's blocks.
+    assert axes == {(1,): 4, (2, 3): 3}
+    otherwise = [node.name for node in graph.node if node.name.startswith("mean") and node.op_type != "ReduceMean"]
+    assert [name for name in otherwise if name.endswith(".squares")] == ["mean.squares"]
+    assert [name for name in otherwise if name.endswith(".product")] == [f"mean_{block}.product" for block in (1, 2, 3)]
 
 
 def test_graph_makes_all_gates_of_a_block_by_one_product(small):

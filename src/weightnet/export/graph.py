@@ -17,7 +17,7 @@ which makes one pass of an operator and the sums, products and ReLUs after it (d
   layer to the next, as it has them in memory anyway, a layer is a product of its pixels, and its kernels are sums of
   scaled matrices.
 * A block's input is joined of slices; for OpenVINO, where `fold` made it so, it is selected from two maps.
-* A mean is taken over the pixels; for OpenVINO over them as one axis, or of the means of squares of them.
+* A mean is taken over the pixels; for OpenVINO over them as one axis, of a product with ones, or of means of squares.
 * A depthwise layer of many kernels is as many static ones, scaled and summed; for OpenVINO their mix, whose taps scale
   the map moved by each. (`weightnet.export.graph_openvino` has these and the means.)
 """
@@ -33,7 +33,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from weightnet import __version__
 from weightnet.errors import MissingDependencyError
-from weightnet.export.graph_openvino import mean_of_pixels, mean_of_squares, product_with_pixels, sum_of_moved
+from weightnet.export.graph_openvino import mean_of_map, product_with_pixels, sum_of_moved
 from weightnet.export.graph_writer import GraphWriter
 from weightnet.nn.fold import FoldedShuffleNetV2
 from weightnet.nn.folded_layers import ChannelSelect, FoldedConv, GainDepthwise, GainPointwise, MatmulPointwise
@@ -162,10 +162,8 @@ def _written_step(writer: GraphWriter, network: nn.Module, node: fx.Node, args: 
 
 def _mean(writer: GraphWriter, name: str, x: str, axes: tuple[int, ...]) -> str:
     assert axes == (2, 3)
-    if writer.openvino and x in writer.last:
-        return mean_of_pixels(writer, name, x)
-    if writer.openvino and writer.channels[x] % 16:
-        return mean_of_squares(writer, name, x)
+    if writer.openvino:
+        return mean_of_map(writer, name, x)
     return writer.op("ReduceMean", [x, writer.integers("spatial_axes", (2, 3))], name, {"keepdims": 0})
 
 

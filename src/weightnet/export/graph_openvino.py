@@ -15,6 +15,8 @@ from weightnet.nn.folded_layers import FoldedConv, GainDepthwise, MatmulPointwis
 
 # A sum of so many products is one pass in OpenVINO: a pass takes at most twelve maps, gains and results.
 _ONE_PASS = 4
+# OpenVINO's ReduceMean takes so many channels at once, and those left over one by one, up to four times as long.
+_MEANS_AT_ONCE = 16
 # Maps of photos of 224 px are made of whole squares of so many pixels a side.
 _SQUARE = 7
 
@@ -39,25 +41,37 @@ def product_with_pixels(
     return writer.map_of(y, x, outputs, name)
 
 
-def mean_of_pixels(writer: GraphWriter, name: str, x: str) -> str:
-    """Write the means (B, C) of a map (B, H, W, C); over one axis they take less time than over two."""
-    return writer.op("ReduceMean", [writer.pixels(x), writer.integers("pixels_axis", (1,))], name, {"keepdims": 0})
+def mean_of_map(writer: GraphWriter, name: str, x: str) -> str:
+    """Write the means (B, C) of a map; over pixels as one axis, where it has them so, in less time than over two."""
+    by_pixels = x in writer.last
+    pixels = writer.pixels(x) if by_pixels else x
+    axes = writer.integers("pixels_axis", (1,)) if by_pixels else writer.integers("spatial_axes", (2, 3))
+    if writer.channels[x] % _MEANS_AT_ONCE == 0:
+        return writer.op("ReduceMean", [pixels, axes], name, {"keepdims": 0})
+    return (_mean_by_product if by_pixels else _mean_of_squares)(writer, name, pixels, axes)
 
 
-def mean_of_squares(writer: GraphWriter, name: str, x: str) -> str:
-    """Write the means (B, C) of a map (B, C, H, W), by the means of squares of its pixels.
+def _mean_by_product(writer: GraphWriter, name: str, pixels: str, axis: str) -> str:
+    """Write the means (B, C) of pixels (B, H * W, C), by their product with a row of ones."""
+    from onnx import TensorProto
 
-    OpenVINO's ReduceMean takes 16 channels at once, and four times as long where some are left over.
-    """
+    count = writer.op("Shape", [pixels], f"{name}.count", {"start": 1, "end": 2})
+    shape = writer.op("Concat", [writer.integers("one_row", (1, 1)), count], f"{name}.row", {"axis": 0})
+    ones = writer.op("Expand", [writer.constant("one", np.ones(1, np.float32)), shape], f"{name}.ones")
+    total = writer.op("Squeeze", [writer.op("MatMul", [ones, pixels], f"{name}.product"), axis], f"{name}.sum")
+    return writer.op("Div", [total, writer.op("Cast", [count], f"{name}.pixels", {"to": TensorProto.FLOAT})], name)
+
+
+def _mean_of_squares(writer: GraphWriter, name: str, x: str, axes: str) -> str:
+    """Write the means (B, C) of a map (B, C, H, W), by the means of squares of its pixels."""
     from onnx import TensorProto
 
     window = {"kernel_shape": [_SQUARE] * 2, "strides": [_SQUARE] * 2}
     squares = writer.op("AveragePool", [_filled(writer, x, (2, 3), _SQUARE)], f"{name}.squares", window)
-    total = writer.op("ReduceSum", [squares, writer.integers("spatial_axes", (2, 3))], f"{name}.sum", {"keepdims": 0})
+    total = writer.op("ReduceSum", [squares, axes], f"{name}.sum", {"keepdims": 0})
     size = writer.op("Shape", [x], f"{name}.size", {"start": 2})
-    pixels = writer.op(
-        "Cast", [writer.op("ReduceProd", [size], f"{name}.count")], f"{name}.pixels", {"to": TensorProto.FLOAT}
-    )
+    count = writer.op("ReduceProd", [size], f"{name}.count")
+    pixels = writer.op("Cast", [count], f"{name}.pixels", {"to": TensorProto.FLOAT})
     area = writer.constant("square", np.array([[_SQUARE**2]], np.float32))
     return writer.op("Mul", [total, writer.op("Div", [area, pixels], f"{name}.share")], name)
 
