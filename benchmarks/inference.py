@@ -9,9 +9,10 @@ benchmarks/port.py), and with the folded network (`torch`); ONNX Runtime and Ope
 OpenVINO in bfloat16 likewise, where the processor has it. The three networks of a width, one of them plain, have a
 process, which is held to so many cores; all at once would drive each other's weights out of the caches. Within one
 batch size all engines of these take turns: a pause in which the threads of the engine before go to sleep, a run that
-wakes its own, and the run that counts. Figures are medians and quartiles over the rounds, in milliseconds a batch, and
-ratios are of the medians of one process. The peak is that of a matrix product of 1,024 x 1,024, the best of all
-processes; OpenVINO's float32 is held against it.
+wakes its own, and the run that counts. When all widths had their turn they begin again, three times in all, in new
+processes: the speed of a shared machine changes within minutes, and no network should have the good or the bad ones.
+Figures are medians and quartiles over all rounds, in milliseconds a batch, and ratios are of these medians. The peak is
+that of a matrix product of 1,024 x 1,024, the best of all processes; OpenVINO's float32 is held against it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import Any
 SIZE_PX = 224
 BATCHES = (1, 8, 32)
 THREADS = (1, 2)
+PASSES = 3  # over all widths
 PAUSE_S = 0.05  # some engines' threads wait in loops for a while after a run
 ENGINES = ("per-sample", "torch", "onnxruntime", "openvino", "openvino bf16")
 FILES = {"onnxruntime": ".onnx", "openvino": ".xml", "openvino bf16": "_bf16.xml"}  # what is behind the network's name
@@ -127,7 +129,7 @@ def prepared_in_torch(engine: str, name: str, x_BCHW: Any) -> Run | None:
 
 
 def measure(folder: Path, rounds: int, plain: str) -> dict[str, Any]:
-    """Return the milliseconds of a plain network and those of its width in this process, by batch and engine."""
+    """Return the milliseconds of a plain network and those of its width, every round's, by batch and engine."""
     times: dict[str, dict[str, list[float]]] = {}
     for batch in BATCHES:
         runs = {
@@ -148,9 +150,9 @@ def measure(folder: Path, rounds: int, plain: str) -> dict[str, Any]:
                 begun_at = time.perf_counter()
                 run()
                 milliseconds[key].append(1e3 * (time.perf_counter() - begun_at))
-        times[str(batch)] = {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in milliseconds.items()}
+        times[str(batch)] = milliseconds
         print(f"  {plain}: batch {batch} done", file=sys.stderr, flush=True)
-    return {"peak_gflops": peak_gflops(), "ms_quartiles": times}
+    return {"peak_gflops": peak_gflops(), "ms": times}
 
 
 def peak_gflops() -> dict[str, float]:
@@ -302,14 +304,14 @@ def show(titled: dict[str, str]) -> None:
 def main() -> None:
     """Measure, print the tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5, help="in each of three processes (default: 5)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
     parser.add_argument("--times-in", nargs=2, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--memory-in", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error("--rounds must be at least 2, for quartiles")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     if options.times_in:
         print(json.dumps(measure(Path(options.times_in[0]), options.rounds, options.times_in[1])))
     elif options.memory_in:
@@ -324,16 +326,19 @@ def main() -> None:
 
 
 def measure_widths(folder: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Return the milliseconds of all networks on so many cores, and the peak, from a process for each width."""
+    """Return the milliseconds of all networks on so many cores, and the peak."""
     arguments = ["--rounds", str(rounds), "--times-in", folder]
     widths = [name for name in networks() if name == plain_twin(name)]
-    parts = [child(__file__, [*arguments, plain], threads) for plain in widths]
-    times: dict[str, dict[str, list[float]]] = {str(batch): {} for batch in BATCHES}
-    for part in parts:
-        for batch, of_batch in part["ms_quartiles"].items():
-            times[batch] |= of_batch
+    parts = [child(__file__, [*arguments, plain], threads) for _ in range(PASSES) for plain in widths]
+    quartiles: dict[str, dict[str, list[float]]] = {}
+    for batch in map(str, BATCHES):
+        every: dict[str, list[float]] = {}
+        for part in parts:
+            for key, ms in part["ms"][batch].items():
+                every.setdefault(key, []).extend(ms)
+        quartiles[batch] = {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in every.items()}
     peaks = [part["peak_gflops"] for part in parts]
-    return {"peak_gflops": {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}, "ms_quartiles": times}
+    return {"peak_gflops": {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}, "ms_quartiles": quartiles}
 
 
 def commit() -> str:
