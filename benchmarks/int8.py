@@ -7,18 +7,21 @@ Speed: networks at 224 px with new weights and batch norms calibrated on noise, 
 core and on two, all take turns, one run each a round. What stays in floating point is computed in bfloat16 where the
 processor has it, except in `int8, rest float32`. The graphs that are tried:
 
-    int8                     quantised once, where a feature map is made, before it is cut and joined; gains on outputs
+    float32, bfloat16        as exported, the first stages computed by products
+    int8                     as exported: quantised once, where a feature map is made, before it is cut and joined;
+                             gains on outputs; of a narrow network the stages computed by products are not quantised
+    int8, all                of a narrow network without products: all convolutions, as of the others
     int8, at each input      quantised where a convolution takes it, after cutting and joining
     int8, late gain          as int8, with a depthwise layer's gain after it, on the input of the next, not before it
     int8, placed by NNCF     by `nncf.quantize`, gates and gains left out; where NNCF is installed
     onnxruntime int8         by `onnxruntime.quantization`, convolutions only; `all` with gains, sums and joints too
 
 Accuracy: DATA has `train/` and `val/`. 256 training photos calibrate, 1,000 others decide how much of the tails is cut
-off, and the validation photos are measured once, with that. `of 7 bits` and `of 8 bits` are `int8, rest float32` with
-weights that take so many each; the latter need a processor with VNNI. `bfloat16, emulated` is computed by PyTorch with
-all weights and maps in bfloat16, on any processor, in the form that `weightnet export` writes. What FILE of --out had
-of other models is kept and, with --rounds 0, its speed; on a processor without bfloat16 also the column bfloat16 of the
-same model.
+off, and the validation photos are measured once, with that. `of 7 bits` and `of 8 bits` are `int8, all` with the rest
+in float32 and weights that take so many each; the latter show what becomes of them on a processor without VNNI, and are
+measured there alone. `bfloat16, emulated` is computed by PyTorch with all weights and maps in bfloat16, on any
+processor, in the form that `weightnet export` writes. What FILE of --out had of other models is kept, of the same
+model the columns that this processor does not measure, and, with --rounds 0, the speed.
 """
 
 import argparse
@@ -38,7 +41,8 @@ import numpy as np
 from inference import BATCHES, PAUSE_S, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
 from int8_graphs import each_of_7_bits, each_of_8_bits, placed_by_nncf, places_at_inputs
 
-from weightnet.export.int8 import Photos, quantise
+from weightnet.export.int8 import Photos, int8_form, kept_stages, quantise
+from weightnet.nn.fold import FoldForm
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
 STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
@@ -60,22 +64,33 @@ TAILS = (0.0, 1e-5, 1e-4, 1e-3)  # shares of the values at each end that may be 
 Run = Callable[[Any], Any]
 
 
-def graph_of(network: Any, folder: Path, *, late_gain: bool = False) -> tuple[Any, Path]:
-    """Return the graph of a network's folded form for OpenVINO, and its file."""
-    import openvino
+def graph_of(
+    network: Any, folder: Path, form: FoldForm = "feature", *, openvino: bool = True, late_gain: bool = False
+) -> tuple[Any, Path]:
+    """Return the graph of a network's folded form, for OpenVINO or ONNX Runtime, and its file."""
+    from openvino import Core
 
     import weightnet
     from weightnet.export.graph import build_graph
     from weightnet.nn.folded_layers import GainDepthwise
 
-    folded = weightnet.fold(network, form="feature")
+    folded = weightnet.fold(network, form=form, select=form == "auto")
     for stage in folded.stages if late_gain else ():
         for block in stage.blocks:  # type: ignore[union-attr]
             block.early_gain = False
             block.conv2 = GainDepthwise(block.conv2.weight, block.conv2.bias, stride=block.conv2.stride)
     file = folder / f"graph_{len(list(folder.iterdir()))}.onnx"
-    file.write_bytes(build_graph(folded, ["logits"]).SerializeToString())
-    return openvino.Core().read_model(file), file
+    file.write_bytes(build_graph(folded, ["logits"], openvino=openvino).SerializeToString())
+    return Core().read_model(file), file
+
+
+def quantised(network: Any, photos: Photos, folder: Path, tail: float = 0.0) -> Any:
+    """Return the graph that is exported in 8-bit integers."""
+    import weightnet
+
+    form = int8_form(network.spec)
+    kept = kept_stages(weightnet.fold(network, form=form))
+    return quantise(graph_of(network, folder, form)[0], photos, kept=kept, tail=tail)
 
 
 def compiled_for(model: Any, shape: tuple[int, ...], precision: str, *, profiled: bool = False) -> Any:
@@ -92,10 +107,13 @@ def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
     """Return a network's graphs, and in what precision their floating point is computed."""
     noise = np.random.default_rng(1).standard_normal((8, 3, SIZE_PX, SIZE_PX), np.float32)
     network = network_of(name)
+    exported, _ = graph_of(network, folder, "auto")
     model, _ = graph_of(network, folder)
     low = "bf16" if has_bfloat16() else "f32"
-    int8 = quantise(model, noise)
-    variants = {"float32": (model, "f32"), "bfloat16": (model, low), "int8": (int8, low)}
+    int8 = quantised(network, noise, folder)
+    variants = {"float32": (exported, "f32"), "bfloat16": (exported, low), "int8": (int8, low)}
+    if int8_form(network.spec) == "auto":
+        variants["int8, all"] = (quantise(model, noise), low)
     if plain_twin(STUDIED) != plain_twin(name):
         return variants
     variants["int8, rest float32"] = (int8, "f32")
@@ -119,7 +137,7 @@ def onnxruntime_variants(name: str, folder: Path) -> dict[str, Path]:
         def get_next(self) -> Any:
             return next(self.batches, None)
 
-    _, file = graph_of(network_of(name), folder)
+    _, file = graph_of(network_of(name), folder, openvino=False)
     prepared = folder / f"{name}.onnx"
     quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True)
     files = {"onnxruntime float32": prepared}
@@ -224,21 +242,23 @@ def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
     import weightnet
 
     network = weightnet.load(model_name, pretrained=True).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        model, _ = graph_of(network, Path(folder))
     photos, labels = photos_of(network.card, data / "train", CALIBRATED + CHOSEN_ON)
     calibration, chosen_on = photos[:CALIBRATED], (photos[CALIBRATED:], labels[CALIBRATED:])
     low = "bf16" if has_bfloat16() else "f32"
-    graphs = {tail: quantise(model, calibration, tail=tail) for tail in TAILS}
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = graph_of(network, Path(folder))
+        exported, _ = graph_of(network, Path(folder), "auto")
+        graphs = {tail: quantised(network, calibration, Path(folder), tail) for tail in TAILS}
     choice = {tail: top1(graph, low, *chosen_on) for tail, graph in graphs.items()}
     tail = max(TAILS, key=lambda tail: choice[tail])
     photos, labels = photos_of(network.card, data / "val", None)
-    variants = {"float32": (model, "f32"), "int8, rest float32": (graphs[tail], "f32")}
+    variants = {"float32": (exported, "f32"), "int8, rest float32": (graphs[tail], "f32")}
     for bits, reach in {7: each_of_7_bits, 8: each_of_8_bits}.items():
-        variants[f"of {bits} bits"] = (quantise(model, calibration, reach=reach, tail=tail), "f32")
+        if bits == 7 or not has_vnni():
+            variants[f"of {bits} bits"] = (quantise(model, calibration, reach=reach, tail=tail), "f32")
     if has_bfloat16():
         at_inputs = quantise(model, calibration, find=places_at_inputs, tail=tail)
-        variants |= {"bfloat16": (model, low), "int8": (graphs[tail], low), "int8, at each input": (at_inputs, low)}
+        variants |= {"bfloat16": (exported, low), "int8": (graphs[tail], low), "int8, at each input": (at_inputs, low)}
     return {
         "photos": len(labels),
         "tail": tail,
@@ -246,6 +266,11 @@ def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
         "top1": {variant: top1(graph, precision, photos, labels) for variant, (graph, precision) in variants.items()}
         | {"bfloat16, emulated": top1_emulated(network, photos, labels)},
     }
+
+
+def has_vnni() -> bool:
+    """Return whether the processor sums up products of 8-bit integers in 32 bits."""
+    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def photos_of(card: Any, data: Path, count: int | None) -> tuple[Photos, Any]:
@@ -367,8 +392,8 @@ def main() -> None:
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
     for name, figures in accuracy.items():
         before = kept.get("accuracy", {}).get(name, {}).get("top1", {})
-        if "bfloat16" in before and abs(before["float32"] - figures["top1"]["float32"]) <= SAME_MODEL:
-            figures["top1"] = {"bfloat16": before["bfloat16"]} | figures["top1"]
+        if before and abs(before["float32"] - figures["top1"]["float32"]) <= SAME_MODEL:
+            figures["top1"] = before | figures["top1"]
     accuracy = kept.get("accuracy", {}) | accuracy
     if not options.rounds:
         report = kept | {"accuracy": accuracy}

@@ -3,17 +3,18 @@
 Or with other weights: of all of 8 bits, whatever the processor, or of 7.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from weightnet.export.int8 import Photos, Place, convolutions
+from weightnet.export.int8 import Photos, Place
 
 
-def places_at_inputs(model: Any) -> list[Place]:
+def places_at_inputs(convs: Sequence[Any]) -> list[Place]:
     """Return a place before each convolution; those that take the same share it."""
     outputs: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
-    for conv in convolutions(model):
+    for conv in convs:
         output = conv.input_value(0)
         key = (output.get_node().get_friendly_name(), output.get_index())
         outputs.setdefault(key, (output, []))[1].append(conv.input(0))

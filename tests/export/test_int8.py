@@ -54,6 +54,12 @@ def exported(trained, photos, tmp_path_factory):
     return path
 
 
+def rounded(model):
+    """The convolutions of the default network that are computed in integers."""
+    convs = int8.convolutions(model)
+    return [conv for conv in convs if not conv.get_friendly_name().startswith(("stages.0.", "stages.1."))]
+
+
 def test_int8_answers_as_the_network_does(trained, exported, photos):
     paths = sorted(map(str, photos.iterdir()))
     got, expected = (Classifier(model)(paths, k=1) for model in (exported, trained))
@@ -63,17 +69,28 @@ def test_int8_answers_as_the_network_does(trained, exported, photos):
     assert np.mean([abs(a.top[0].probability - b.top[0].probability) for a, b in pairs]) < 0.05
 
 
-def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_where_it_can(exported):
-    engine = open_exported(exported)
+@pytest.mark.parametrize("form", ["auto", "feature"])
+def test_int8_computes_convolutions_in_integers_and_the_rest_in_bfloat16_where_it_can(
+    trained, exported, photos, tmp_path, form
+):
+    path, in_floating_point = exported, ("stages.0.", "stages.1.")  # of the default, a narrow network, by products
+    if form == "feature":
+        path, in_floating_point = tmp_path / "net.xml", ()
+        export_model(trained, path, precision="int8", form=form, calibration=photos)
+    engine = open_exported(path)
     engine.run(np.zeros((1, 3, 96, 96), np.float32))
     ((request, *_),) = engine._requests_of.values()
     steps = request.get_compiled_model().get_runtime_model().get_ordered_ops()
     kinds = {step.get_friendly_name(): step.get_rt_info() for step in steps}
-    made = [
-        info["primitiveType"].astype(str) for info in kinds.values() if "Convolution" in info["layerType"].astype(str)
-    ]
-    assert len(made) > 60
-    assert [kind for kind in made if not kind.endswith("I8")] == []
+    made = {
+        name: info["primitiveType"].astype(str)
+        for name, info in kinds.items()
+        if "Convolution" in info["layerType"].astype(str)
+    }
+    assert len(made) == (40 if form == "auto" else 94)
+    assert {name for name, kind in made.items() if not kind.endswith("I8")} == {
+        name for name in made if name.startswith(in_floating_point)
+    }
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     hint = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
     assert hint == ("bf16" if can else "f32")
@@ -81,7 +98,7 @@ def test_int8_computes_all_convolutions_in_integers_and_the_rest_in_bfloat16_whe
 
 def test_int8_keeps_the_weights_of_convolutions_as_bytes(trained, exported):
     model = openvino.Core().read_model(exported)
-    kernels = [conv.input_value(1).get_node() for conv in int8.convolutions(model)]
+    kernels = [conv.input_value(1).get_node() for conv in rounded(model)]
     stored = [kernel.input_value(0).get_node().input_value(0).get_node() for kernel in kernels]
     assert {node.get_output_element_type(0).to_string() for node in stored} == {"i8"}
     assert sum(np.prod(node.get_output_shape(0)) for node in stored) > 0.3 * sum(
@@ -92,7 +109,7 @@ def test_int8_keeps_the_weights_of_convolutions_as_bytes(trained, exported):
 def test_int8_files_fit_processors_that_sum_up_two_products_in_16_bits(exported):
     """Those without VNNI, where larger weights give other numbers, and no error."""
     largest = []
-    for conv in int8.convolutions(openvino.Core().read_model(exported)):
+    for conv in rounded(openvino.Core().read_model(exported)):
         stored = conv.input_value(1).get_node().input_value(0).get_node().input_value(0).get_node()
         axis = 2 if conv.get_type_name() == "GroupConvolution" else 1
         neighbours = np.moveaxis(stored.data.astype(int), axis, 0)
@@ -219,7 +236,7 @@ def test_calibration_refuses_too_few_photos_and_inputs_without_any(photos, tmp_p
 
 def test_joined_maps_share_a_range_that_holds_each(small, make_pictures):
     model = openvino.Core().read_model(files.build_graph(fold(small("r1")), ["logits"]).SerializeToString())
-    places = int8.places_where_made(model)
+    places = int8.places_where_made(int8.convolutions(model))
     int8._calibrate(model, places, make_pictures(4, 3, 64, 64).float().numpy(), 0.0)
     joined = int8._joined_places(places)
     assert sorted(map(id, places)) == sorted(id(place) for members in joined for place in members)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weightnet.errors import UsageError, WeightsError
 from weightnet.export.graph import build_graph
-from weightnet.export.int8 import quantise
+from weightnet.export.int8 import kept_stages, quantise
 from weightnet.export.preprocessing import add_preprocessing
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2
@@ -91,7 +91,7 @@ def _write_openvino(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> 
     (graph,) = _write_onnx(network, path.with_suffix(".onnx"), single, openvino=True)
     converted = read_openvino(graph)
     if wanted.photos is not None:
-        converted = quantise(converted, wanted.photos)
+        converted = quantise(converted, wanted.photos, kept=kept_stages(network))
 
     import openvino
 

@@ -8,6 +8,9 @@ Processors without VNNI sum up the products of two neighbouring inputs in 16 bit
 with weights up to 127 the embedded network then names other things in half of all photos. So the scale of an output
 channel is such that two neighbours' weights are at most 128 together: a file gives the same numbers everywhere.
 
+A stage that is computed by products has no 1x1 weights to round, and stays in floating point. Products are faster in
+the first stages than convolutions, in integers only in those of narrow networks.
+
 Source: docs/int8.md says why the places are these, and measures others.
 """
 
@@ -23,11 +26,15 @@ import numpy.typing as npt
 from weightnet.errors import ImageError, UsageError
 from weightnet.images.decode import read_image
 from weightnet.images.transforms import Preprocess
+from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm
+from weightnet.nn.variants import NetworkSpec
 from weightnet.predict.exported import usable_cores
 from weightnet.predict.inputs import find_images
 
 LEAST_PHOTOS, MOST_PHOTOS = 32, 256
 _BATCH = 32
+
+_NARROW = 64  # channels of the first stage, below which some stages are faster as products than in integers
 
 _MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat")  # operators that only move values
 _SAMPLED = 11  # every 11th value is enough to tell the range
@@ -94,10 +101,20 @@ def read_calibration(
     return crops, len(errors)
 
 
-def places_where_made(model: Graph) -> list[Place]:
+def int8_form(spec: NetworkSpec) -> FoldForm:
+    """Return the form in which a network is faster: "feature", in which all is convolutions, but for narrow ones."""
+    return "auto" if spec.G > 1 and spec.stage_channels[0] < _NARROW else "feature"
+
+
+def kept_stages(network: FoldedShuffleNetV2) -> list[str]:
+    """Return how the names begin of what stays in floating point: the stages that are computed by products."""
+    return [f"stages.{stage}." for stage, form in enumerate(network.forms) if form == "matmul"]
+
+
+def places_where_made(convs: Sequence[Any]) -> list[Place]:
     """Return a place behind each step that makes what convolutions take, however it is cut and joined in between."""
     places = {}
-    for conv in convolutions(model):
+    for conv in convs:
         todo = [conv.input_value(0)]
         while todo:
             output = todo.pop()
@@ -137,25 +154,28 @@ def quantise(
     model: Graph,
     photos: Photos,
     *,
-    find: Callable[[Graph], list[Place]] = places_where_made,
+    kept: Sequence[str] = (),
+    find: Callable[[Sequence[Any]], list[Place]] = places_where_made,
     reach: Reach = neighbours_together,
     tail: float = 0.0,
 ) -> Graph:
-    """Return a graph with feature maps rounded at places, and the weights of all convolutions as 8-bit integers.
+    """Return a graph with feature maps rounded at places, and the weights of convolutions as 8-bit integers.
 
     Args:
         model: a graph of `build_graph`, read by OpenVINO; it is not changed.
         photos: what tells the ranges, as the graph takes it.
-        find: returns the places of a graph.
+        kept: how the names begin of convolutions that stay as they are.
+        find: returns the places for some convolutions of a graph.
         reach: returns what of each weight must fit into 127 steps, of the weight and the axis of its inputs.
         tail: the share of a map's values at each end that is cut off.
     """
     model = model.clone()
-    places = find(model)
+    convs = [conv for conv in convolutions(model) if not conv.get_friendly_name().startswith(tuple(kept))]
+    places = find(convs)
     _calibrate(model, places, photos, tail)
     for place in places:
         _round_map(place)
-    for conv in convolutions(model):
+    for conv in convs:
         _round_weights(conv, reach)
     model.validate_nodes_and_infer_types()
     return model

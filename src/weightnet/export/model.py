@@ -14,7 +14,7 @@ import numpy.typing as npt
 from weightnet import __version__
 from weightnet.errors import UsageError, WeightsError
 from weightnet.export.files import PRECISIONS, PREPROCESSING, Wanted, write_files
-from weightnet.export.int8 import read_calibration
+from weightnet.export.int8 import int8_form, read_calibration
 from weightnet.export.parity import INT8_TOLERANCE, LEAST_AGREEMENT, TOLERANCE, check_int8, check_parity
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import FoldedShuffleNetV2, FoldForm, fold
@@ -52,10 +52,10 @@ def export_model(
         out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn.
         precision: "fp32"; for .onnx, .xml and .mnn "fp16", for weights kept in half precision, in a file half as
             large: the numbers computed with them are in single precision all the same; or, for .xml, "bf16": such
-            weights, and numbers computed in bfloat16 where the processor has it; or "int8": convolutions in 8-bit
-            integers, of plain networks and those with one kernel for each block of inputs (r = 1).
-        form: how generated 1x1 layers are computed, as in `fold`; "auto" is "feature" for int8, for .mnn and, where
-            r = 1, for .pte.
+            weights, and numbers computed in bfloat16 where the processor has it; or "int8": static convolutions in
+            8-bit integers, of plain networks and those with one kernel for each block of inputs (r = 1).
+        form: how generated 1x1 layers are computed, as in `fold`; "auto" is "feature" for .mnn, where r = 1 for .pte,
+            and for int8 unless the network is narrow: then the stages computed by products stay as for "bf16".
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
@@ -94,8 +94,10 @@ def export_model(
     card, exports = _beside(out, card)
     if precision == "int8":
         _check_quantisable(network.spec, form)
-    select = out.suffix == ".xml" and precision != "int8"  # which rounds maps before they are cut and joined
-    folded = fold(network, form=_form(out, form, precision, network.spec), select=select)
+    form = _form(out, form, precision, network.spec)
+    # In integers static convolutions take maps that are rounded before they are cut and joined.
+    select = out.suffix == ".xml" and (precision, form) != ("int8", "feature")
+    folded = fold(network, form=form, select=select)
     entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
     if inside:
         entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
@@ -149,13 +151,18 @@ def _check_options(out: Path, precision: str, outputs: Sequence[str]) -> tuple[s
 def _form(out: Path, form: FoldForm, precision: str, spec: NetworkSpec) -> FoldForm:
     """Return the form that a file is written in.
 
-    MNN 3.6 takes wrong memory for a batched product. Weights that are made for each photo cannot be rounded beforehand
-    for int8. XNNPACK packs weights beforehand, which products do not have: where r = 1 they gain nothing there.
+    MNN 3.6 takes wrong memory for a batched product. Kernels that are made for each photo cannot be rounded beforehand
+    for int8, where they pay in narrow networks alone. XNNPACK packs weights beforehand, which products do not have:
+    where r = 1 they gain nothing there.
     """
     if out.suffix == ".mnn" and form == "matmul":
         raise UsageError(f"form must be auto or feature for .mnn. Got form='matmul', out={out}. Leave it out.")
-    static = out.suffix == ".mnn" or precision == "int8" or (out.suffix == ".pte" and spec.M == spec.G)
-    return "feature" if form == "auto" and static else form
+    if form != "auto":
+        return form
+    if precision == "int8":
+        return int8_form(spec)
+    static = out.suffix == ".mnn" or (out.suffix == ".pte" and spec.M == spec.G)
+    return "feature" if static else form
 
 
 def _check_calibration(precision: str, calibration: object) -> None:
@@ -178,8 +185,9 @@ def _check_quantisable(spec: NetworkSpec, form: FoldForm) -> None:
         )
     if spec.M > spec.G or (spec.M and form == "matmul"):
         raise UsageError(
-            "For int8 a network must be plain, or have one kernel for each block of inputs (r = 1), in feature form: "
-            "others mix the weights of their 1x1 layers anew for each photo, so there are none to round beforehand. "
+            "For int8 a network must be plain, or have one kernel for each block of inputs (r = 1), in form auto or "
+            "feature: others mix the weights of their 1x1 layers anew for each photo, so there are none to round "
+            "beforehand. "
             f"Got M={spec.M}, G={spec.G}, form={form}. Choose bf16."
         )
 
