@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py
 
-About half an hour on two idle cores; beside other work its figures mean nothing. What needs photos, trained weights or
+About an hour on two idle cores; beside other work its figures mean nothing. What needs photos, trained weights or
 the original framework is run by hand: `classify_many.py`, `serve_load.py`, `input_pipeline.py`, `int8.py` and
 `original.py`.
 """

@@ -8,8 +8,8 @@ Processors without VNNI sum up the products of two neighbouring inputs in 16 bit
 with weights up to 127 the embedded network then names other things in half of all photos. So the scale of an output
 channel is such that two neighbours' weights are at most 128 together: a file gives the same numbers everywhere.
 
-A stage that is computed by products has no 1x1 weights to round, and stays in floating point. Products are faster in
-the first stages than convolutions, in integers only in those of narrow networks.
+A stage that is computed by products has no 1x1 weights to round, and stays in floating point. Convolutions in integers
+are faster but in the first stages of narrow networks.
 
 Source: docs/int8.md says why the places are these, and measures others.
 """
