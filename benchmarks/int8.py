@@ -39,10 +39,9 @@ from typing import Any
 
 import numpy as np
 from inference import BATCHES, PAUSE_S, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
-from int8_graphs import each_of_7_bits, each_of_8_bits, placed_by_nncf, places_at_inputs
+from int8_graphs import each_of_7_bits, each_of_8_bits, graph_of, placed_by_nncf, places_at_inputs, quantised
 
-from weightnet.export.int8 import Photos, int8_form, kept_stages, quantise
-from weightnet.nn.fold import FoldForm
+from weightnet.export.int8 import Photos, int8_form, quantise
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
 STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
@@ -62,35 +61,6 @@ SAME_MODEL = 0.05  # percent: processors round differently
 TAILS = (0.0, 1e-5, 1e-4, 1e-3)  # shares of the values at each end that may be cut off
 
 Run = Callable[[Any], Any]
-
-
-def graph_of(
-    network: Any, folder: Path, form: FoldForm = "feature", *, openvino: bool = True, late_gain: bool = False
-) -> tuple[Any, Path]:
-    """Return the graph of a network's folded form, for OpenVINO or ONNX Runtime, and its file."""
-    from openvino import Core
-
-    import weightnet
-    from weightnet.export.graph import build_graph
-    from weightnet.nn.folded_layers import GainDepthwise
-
-    folded = weightnet.fold(network, form=form, select=form == "auto")
-    for stage in folded.stages if late_gain else ():
-        for block in stage.blocks:  # type: ignore[union-attr]
-            block.early_gain = False
-            block.conv2 = GainDepthwise(block.conv2.weight, block.conv2.bias, stride=block.conv2.stride)
-    file = folder / f"graph_{len(list(folder.iterdir()))}.onnx"
-    file.write_bytes(build_graph(folded, ["logits"], openvino=openvino).SerializeToString())
-    return Core().read_model(file), file
-
-
-def quantised(network: Any, photos: Photos, folder: Path, tail: float = 0.0) -> Any:
-    """Return the graph that is exported in 8-bit integers."""
-    import weightnet
-
-    form = int8_form(network.spec)
-    kept = kept_stages(weightnet.fold(network, form=form))
-    return quantise(graph_of(network, folder, form)[0], photos, kept=kept, tail=tail)
 
 
 def compiled_for(model: Any, shape: tuple[int, ...], precision: str, *, profiled: bool = False) -> Any:

@@ -1,14 +1,46 @@
-"""Other networks in 8-bit integers for `int8.py` to compare with: quantised at each input, or where NNCF does it.
+"""The graphs of networks that `int8.py` measures: as they are exported, in floating point and in 8-bit integers.
 
-Or with other weights: of all of 8 bits, whatever the processor, or of 7.
+And others to compare with: quantised at each input, or where NNCF does it; or with other weights: of all of 8 bits,
+whatever the processor, or of 7.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weightnet.export.int8 import Photos, Place
+from weightnet.export.int8 import Photos, Place, int8_form, kept_stages, quantise
+from weightnet.nn.fold import FoldForm
+
+
+def graph_of(
+    network: Any, folder: Path, form: FoldForm = "feature", *, openvino: bool = True, late_gain: bool = False
+) -> tuple[Any, Path]:
+    """Return the graph of a network's folded form, for OpenVINO or ONNX Runtime, and its file."""
+    from openvino import Core
+
+    import weightnet
+    from weightnet.export.graph import build_graph
+    from weightnet.nn.folded_layers import GainDepthwise
+
+    folded = weightnet.fold(network, form=form, select=form == "auto")
+    for stage in folded.stages if late_gain else ():
+        for block in stage.blocks:  # type: ignore[union-attr]
+            block.early_gain = False
+            block.conv2 = GainDepthwise(block.conv2.weight, block.conv2.bias, stride=block.conv2.stride)
+    file = folder / f"graph_{len(list(folder.iterdir()))}.onnx"
+    file.write_bytes(build_graph(folded, ["logits"], openvino=openvino).SerializeToString())
+    return Core().read_model(file), file
+
+
+def quantised(network: Any, photos: Photos, folder: Path, tail: float = 0.0) -> Any:
+    """Return the graph that is exported in 8-bit integers."""
+    import weightnet
+
+    form = int8_form(network.spec)
+    kept = kept_stages(weightnet.fold(network, form=form))
+    return quantise(graph_of(network, folder, form)[0], photos, kept=kept, tail=tail)
 
 
 def places_at_inputs(convs: Sequence[Any]) -> list[Place]:
