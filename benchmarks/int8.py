@@ -5,12 +5,12 @@
 
 Speed: networks at 224 px with new weights and batch norms calibrated on noise, and their plain twins; on one processor
 core and on two, all take turns, one run each a round. What stays in floating point is computed in bfloat16 where the
-processor has it, except in `int8, rest float32`. The graphs that are tried:
+processor has it, except in `rest float32`. The graphs that are tried:
 
     float32, bfloat16        as exported, the first stages computed by products
     int8                     as exported: quantised once, where a feature map is made, before it is cut and joined;
-                             gains on outputs; of a narrow network the stages computed by products are not quantised
-    int8, all                of a narrow network without products: all convolutions, as of the others
+                             gains on outputs; in narrow networks the first stages stay in floating point
+    int8, all                of a narrow network: all convolutions, as of the others; `weightnet export --form feature`
     int8, at each input      quantised where a convolution takes it, after cutting and joining
     int8, late gain          as int8, with a depthwise layer's gain after it, on the input of the next, not before it
     int8, placed by NNCF     by `nncf.quantize`, gates and gains left out; where NNCF is installed
@@ -39,9 +39,9 @@ from typing import Any
 
 import numpy as np
 from inference import BATCHES, PAUSE_S, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
-from int8_graphs import each_of_7_bits, each_of_8_bits, graph_of, placed_by_nncf, places_at_inputs, quantised
+from int8_graphs import each_of_7_bits, each_of_8_bits, graph_of, kept_of, placed_by_nncf, places_at_inputs, quantised
 
-from weightnet.export.int8 import Photos, int8_form, quantise
+from weightnet.export.int8 import Photos, quantise
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
 STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
@@ -80,13 +80,16 @@ def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
     exported, _ = graph_of(network, folder, "auto")
     model, _ = graph_of(network, folder)
     low = "bf16" if has_bfloat16() else "f32"
-    int8 = quantised(network, noise, folder)
+    int8, whole = quantised(network, noise, folder), quantise(model, noise)
     variants = {"float32": (exported, "f32"), "bfloat16": (exported, low), "int8": (int8, low)}
-    if int8_form(network.spec) == "auto":
-        variants["int8, all"] = (quantise(model, noise), low)
+    narrow = bool(kept_of(network))
+    if narrow:
+        variants["int8, all"] = (whole, low)
     if plain_twin(STUDIED) != plain_twin(name):
         return variants
     variants["int8, rest float32"] = (int8, "f32")
+    if narrow:
+        variants["int8, all, rest float32"] = (whole, "f32")
     variants["int8, at each input"] = (quantise(model, noise, find=places_at_inputs), low)
     if name == STUDIED:
         late, _ = graph_of(network, folder, late_gain=True)

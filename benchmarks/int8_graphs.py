@@ -24,7 +24,7 @@ def graph_of(
     from weightnet.export.graph import build_graph
     from weightnet.nn.folded_layers import GainDepthwise
 
-    folded = weightnet.fold(network, form=form, select=form == "auto")
+    folded = weightnet.fold(network, form=form, select=openvino)
     for stage in folded.stages if late_gain else ():
         for block in stage.blocks:  # type: ignore[union-attr]
             block.early_gain = False
@@ -36,11 +36,15 @@ def graph_of(
 
 def quantised(network: Any, photos: Photos, folder: Path, tail: float = 0.0) -> Any:
     """Return the graph that is exported in 8-bit integers."""
+    model, _ = graph_of(network, folder, int8_form(network.spec))
+    return quantise(model, photos, kept=kept_of(network), tail=tail)
+
+
+def kept_of(network: Any) -> list[str]:
+    """Return how the names begin of what that graph keeps in floating point."""
     import weightnet
 
-    form = int8_form(network.spec)
-    kept = kept_stages(weightnet.fold(network, form=form))
-    return quantise(graph_of(network, folder, form)[0], photos, kept=kept, tail=tail)
+    return kept_stages(weightnet.fold(network, form=int8_form(network.spec)))
 
 
 def places_at_inputs(convs: Sequence[Any]) -> list[Place]:

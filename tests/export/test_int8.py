@@ -16,6 +16,7 @@ from weightnet.export import files, int8, parity
 from weightnet.export.model import export_model
 from weightnet.images.transforms import Preprocess
 from weightnet.nn.fold import fold
+from weightnet.nn.variants import NetworkSpec
 from weightnet.predict.classifier import Classifier
 from weightnet.predict.engines import open_exported
 from weightnet.predict.interface import OUTPUTS
@@ -91,9 +92,33 @@ def test_int8_computes_convolutions_in_integers_and_the_rest_in_bfloat16_where_i
     assert {name for name, kind in made.items() if not kind.endswith("I8")} == {
         name for name in made if name.startswith(in_floating_point)
     }
+    pooled = kinds["max_pool2d"]["primitiveType"].astype(str)
+    assert pooled.endswith("I8") == (form == "feature")  # of what the first convolution rounds, where others take it
     can = "BF16" in engine._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     hint = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
     assert hint == ("bf16" if can else "f32")
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(16, True), (64, False)])
+def test_int8_selects_the_maps_of_plain_networks_and_keeps_the_first_stage_of_narrow_ones(
+    make_network, make_pictures, channels, kept
+):
+    network = make_network(NetworkSpec((channels, 128, 256), 0, 0, 0.0, (2, 3, 2), 8, 32, 10))
+    folded = fold(network, form=int8.int8_form(network.spec), select=True)
+    graph = openvino.Core().read_model(files.build_graph(folded, ["logits"], openvino=True).SerializeToString())
+    model = int8.quantise(graph, make_pictures(8, 3, 64, 64).float().numpy(), kept=int8.kept_stages(folded))
+    floating = {
+        conv.get_friendly_name()
+        for conv in int8.convolutions(model)
+        if conv.input_value(1).get_node().get_type_name() != "Multiply"
+    }
+    assert floating == {
+        conv.get_friendly_name()
+        for conv in int8.convolutions(model)
+        if kept and conv.get_friendly_name().startswith("stages.0.")
+    }
+    kinds = [step.get_type_name() for step in model.get_ordered_ops()]
+    assert kinds.count("Select") == 8  # two for each block but the first of a stage
 
 
 def test_int8_keeps_the_weights_of_convolutions_as_bytes(trained, exported):

@@ -8,8 +8,8 @@ Processors without VNNI sum up the products of two neighbouring inputs in 16 bit
 with weights up to 127 the embedded network then names other things in half of all photos. So the scale of an output
 channel is such that two neighbours' weights are at most 128 together: a file gives the same numbers everywhere.
 
-A stage that is computed by products has no 1x1 weights to round, and stays in floating point. Convolutions in integers
-are faster but in the first stages of narrow networks.
+A stage that is computed by products has no 1x1 weights to round, and stays in floating point. In the first stages of
+narrow networks that is faster than integers, where the processor has bfloat16.
 
 Source: docs/int8.md says why the places are these, and measures others.
 """
@@ -34,9 +34,11 @@ from weightnet.predict.inputs import find_images
 LEAST_PHOTOS, MOST_PHOTOS = 32, 256
 _BATCH = 32
 
-_NARROW = 64  # channels of the first stage, below which some stages are faster as products than in integers
+# Channels of the first stage, below which bfloat16 is faster there than integers: as products, and as convolutions.
+_NARROW, _NARROW_PLAIN = 128, 64
 
-_MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat")  # operators that only move values
+# Operators that only move values or take some: a map may as well be rounded before them.
+_MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat", "MaxPool")
 _SAMPLED = 11  # every 11th value is enough to tell the range
 _SMALLEST = 1e-6  # of a range or a weight, where all values are zeros
 _LARGEST = 127  # of a weight, and of two neighbours together before they are rounded: 2 x 0.5 may come to that
@@ -103,12 +105,17 @@ def read_calibration(
 
 def int8_form(spec: NetworkSpec) -> FoldForm:
     """Return the form in which a network is faster: "feature", in which all is convolutions, but for narrow ones."""
-    return "auto" if spec.G > 1 and spec.stage_channels[0] < _NARROW else "feature"
+    return "auto" if spec.stage_channels[0] < _NARROW else "feature"
 
 
 def kept_stages(network: FoldedShuffleNetV2) -> list[str]:
-    """Return how the names begin of what stays in floating point: the stages that are computed by products."""
-    return [f"stages.{stage}." for stage, form in enumerate(network.forms) if form == "matmul"]
+    """Return how the names begin of what stays in floating point.
+
+    These are the stages that are computed by products, and the first one of a narrow plain network.
+    """
+    narrow = not network.spec.M and network.spec.stage_channels[0] < _NARROW_PLAIN
+    kept = [form == "matmul" or (narrow and stage == 0) for stage, form in enumerate(network.forms)]
+    return [f"stages.{stage}." for stage in range(len(kept)) if kept[stage]]
 
 
 def places_where_made(convs: Sequence[Any]) -> list[Place]:

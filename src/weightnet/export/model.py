@@ -95,9 +95,7 @@ def export_model(
     if precision == "int8":
         _check_quantisable(network.spec, form)
     form = _form(out, form, precision, network.spec)
-    # In integers static convolutions take maps that are rounded before they are cut and joined.
-    select = out.suffix == ".xml" and (precision, form) != ("int8", "feature")
-    folded = fold(network, form=form, select=select)
+    folded = fold(network, form=form, select=out.suffix == ".xml")
     entry: dict[str, Any] = {"precision": precision, "outputs": list(outputs)}
     if inside:
         entry |= {"outputs": [*outputs, PROBABILITIES], "preprocessing": inside.to_dict()}
