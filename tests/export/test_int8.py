@@ -131,6 +131,16 @@ def test_int8_keeps_the_weights_of_convolutions_as_bytes(trained, exported):
     )
 
 
+def test_int8_keeps_the_other_weights_in_half_precision(trained, exported, tmp_path):
+    constants = [
+        node for node in openvino.Core().read_model(exported).get_ordered_ops() if node.get_type_name() == "Constant"
+    ]
+    large = {node.get_output_element_type(0).to_string() for node in constants if node.data.size >= 1024}
+    assert large == {"i8", "f16"}
+    export_model(trained, tmp_path / "net.xml", precision="bf16", outputs=OUTPUTS)
+    assert exported.with_suffix(".bin").stat().st_size < (tmp_path / "net.bin").stat().st_size
+
+
 def test_int8_files_fit_processors_that_sum_up_two_products_in_16_bits(exported):
     """Those without VNNI, where larger weights give other numbers, and no error."""
     largest = []

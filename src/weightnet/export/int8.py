@@ -7,6 +7,7 @@ floating point; so does whatever comes behind the last convolution.
 Processors without VNNI sum up the products of two neighbouring inputs in 16 bits, and silently cut off what is larger:
 with weights up to 127 the embedded network then names other things in half of all photos. So the scale of an output
 channel is such that two neighbours' weights are at most 128 together: a file gives the same numbers everywhere.
+Weights that stay in floating point are kept in half precision, as in a file for bfloat16.
 
 A stage that is computed by products has no 1x1 weights to round, and stays in floating point. In the first stages of
 narrow networks that is faster than integers, where the processor has bfloat16.
@@ -41,6 +42,7 @@ _NARROW, _NARROW_PLAIN = 128, 64
 _MOVES = ("Slice", "StridedSlice", "Split", "VariadicSplit", "Concat", "MaxPool")
 _SAMPLED = 11  # every 11th value is enough to tell the range
 _SMALLEST = 1e-6  # of a range or a weight, where all values are zeros
+_HALVED = 1024  # numbers in a constant, from which it is kept in half precision
 _LARGEST = 127  # of a weight, and of two neighbours together before they are rounded: 2 x 0.5 may come to that
 
 Graph: TypeAlias = Any  # openvino.Model
@@ -184,6 +186,7 @@ def quantise(
         _round_map(place)
     for conv in convs:
         _round_weights(conv, reach)
+    _halve_constants(model)
     model.validate_nodes_and_infer_types()
     return model
 
@@ -258,6 +261,20 @@ def _round_weights(conv: Any, reach: Reach) -> None:
     bytes_ = opset13.constant(np.rint(weight / scale).astype(np.int8))
     scaled = opset13.multiply(opset13.convert(bytes_, "f32"), opset13.constant(scale))
     conv.input(1).replace_source_output(scaled.output(0))
+
+
+def _halve_constants(model: Graph) -> None:
+    """Keep what is left of the weights in half precision, which OpenVINO does itself for graphs without roundings."""
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_output_element_type(0).to_string() != "f32":
+            continue
+        if node.data.size < _HALVED or np.abs(node.data).max() > np.finfo(np.float16).max:
+            continue
+        single = opset13.convert(opset13.constant(node.data.astype(np.float16)), "f32")
+        for target in node.output(0).get_target_inputs():
+            target.replace_source_output(single.output(0))
 
 
 def _constant_of(output: Any) -> npt.NDArray[np.float32]:

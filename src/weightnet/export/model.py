@@ -55,7 +55,7 @@ def export_model(
             weights, and numbers computed in bfloat16 where the processor has it; or "int8": static convolutions in
             8-bit integers, of plain networks and those with one kernel for each block of inputs (r = 1).
         form: how generated 1x1 layers are computed, as in `fold`; "auto" is "feature" for .mnn, where r = 1 for .pte,
-            and for int8 unless the network is narrow: then the stages computed by products stay as for "bf16".
+            and for int8 but of 0.5x and 1.0x networks, whose stages computed by products stay as for "bf16".
         outputs: what the file gives beside "logits": "pre_logits", the pooled features that embeddings are made of;
             "features", the last feature map; and "class_weights", the classifier's weights, a constant, by which
             features become the heat map of a class.
@@ -150,8 +150,8 @@ def _form(out: Path, form: FoldForm, precision: str, spec: NetworkSpec) -> FoldF
     """Return the form that a file is written in.
 
     MNN 3.6 takes wrong memory for a batched product. Kernels that are made for each photo cannot be rounded beforehand
-    for int8, where they pay in narrow networks alone. XNNPACK packs weights beforehand, which products do not have:
-    where r = 1 they gain nothing there.
+    for int8, where they pay in narrow networks alone (docs/int8.md). XNNPACK packs weights beforehand, which products
+    do not have: where r = 1 they gain nothing there.
     """
     if out.suffix == ".mnn" and form == "matmul":
         raise UsageError(f"form must be auto or feature for .mnn. Got form='matmul', out={out}. Leave it out.")
