@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -330,15 +330,21 @@ def measure_widths(folder: str, rounds: int, threads: int) -> dict[str, Any]:
     arguments = ["--rounds", str(rounds), "--times-in", folder]
     widths = [name for name in networks() if name == plain_twin(name)]
     parts = [child(__file__, [*arguments, plain], threads) for _ in range(PASSES) for plain in widths]
+    peaks = [part["peak_gflops"] for part in parts]
+    peak = {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}
+    return {"peak_gflops": peak, "ms_quartiles": quartiles_of([part["ms"] for part in parts])}
+
+
+def quartiles_of(parts: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[str, dict[str, list[float]]]:
+    """Return the quartiles of what was measured in several processes, by batch and by what was run."""
     quartiles: dict[str, dict[str, list[float]]] = {}
     for batch in map(str, BATCHES):
         every: dict[str, list[float]] = {}
         for part in parts:
-            for key, ms in part["ms"][batch].items():
+            for key, ms in part[batch].items():
                 every.setdefault(key, []).extend(ms)
         quartiles[batch] = {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in every.items()}
-    peaks = [part["peak_gflops"] for part in parts]
-    return {"peak_gflops": {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}, "ms_quartiles": quartiles}
+    return quartiles
 
 
 def commit() -> str:

@@ -4,8 +4,9 @@
     python benchmarks/int8.py --table benchmarks/results/int8.json
 
 Speed: networks at 224 px with new weights and batch norms calibrated on noise, and their plain twins; on one processor
-core and on two, all take turns, each of 32 photos, in batches of 1, 8 or 32. What stays in floating point is computed
-in bfloat16 where the processor has it, except in `rest float32`. The graphs that are tried:
+core and on two, in three processes each, in which all take turns, each of 32 photos, in batches of 1, 8 or 32. What
+stays in floating point is computed in bfloat16 where the processor has it, except in `rest float32`. The graphs that
+are tried:
 
     float32, bfloat16        as exported, the first stages computed by products
     int8                     as exported: quantised once, where a feature map is made, before it is cut and joined;
@@ -38,8 +39,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import BATCHES, PAUSE_S, SIZE_PX, THREADS, child, has_bfloat16, network_of, plain_twin, show
-from int8_graphs import each_of_7_bits, each_of_8_bits, graph_of, kept_of, placed_by_nncf, places_at_inputs, quantised
+from inference import (
+    BATCHES,
+    PASSES,
+    PAUSE_S,
+    SIZE_PX,
+    THREADS,
+    child,
+    has_bfloat16,
+    network_of,
+    plain_twin,
+    quartiles_of,
+    show,
+)
+from int8_graphs import (
+    each_of_7_bits,
+    each_of_8_bits,
+    graph_of,
+    kept_of,
+    onnxruntime_files,
+    placed_by_nncf,
+    places_at_inputs,
+    quantised,
+)
 
 from weightnet.export.int8 import Photos, quantise
 
@@ -98,48 +120,24 @@ def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
     return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
 
 
-def onnxruntime_variants(name: str, folder: Path) -> dict[str, Path]:
-    """Return the files of a network for ONNX Runtime."""
-    from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            noise = np.random.default_rng(1).standard_normal((4, 1, 3, SIZE_PX, SIZE_PX), np.float32)
-            self.batches = iter([{"input": photo} for photo in noise])
-
-        def get_next(self) -> Any:
-            return next(self.batches, None)
-
-    _, file = graph_of(network_of(name), folder, openvino=False)
-    prepared = folder / f"{name}.onnx"
-    quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True)
-    files = {"onnxruntime float32": prepared}
-    everything = ["Conv", "Mul", "Add", "Concat", "Split", "Slice", "MaxPool", "Relu"]
-    kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
-    for variant, operators in (("onnxruntime int8", ["Conv"]), ("onnxruntime int8, all", everything)):
-        files[variant] = folder / f"{name} {variant}.onnx"
-        kinds["op_types_to_quantize"] = operators
-        quantization.quantize_static(prepared, files[variant], Reader(), per_channel=True, **kinds)
-    return files
-
-
 def write_all(folder: Path) -> None:
     """Write the graphs of all networks, and a list of them: `network|graph`, its file and its precision."""
     import openvino
 
     listed: dict[str, tuple[str, str]] = {}
+    noise = np.random.default_rng(1).standard_normal((4, 3, SIZE_PX, SIZE_PX), np.float32)
     for name in (twin for size in NETWORKS for twin in (size, plain_twin(size))):
         for variant, (model, precision) in variants_of(name, folder).items():
             file = folder / f"{name} {variant}.xml"
             openvino.save_model(model, file, compress_to_fp16=False)
             listed[f"{name}|{variant}"] = (str(file), precision)
-        for variant, file in onnxruntime_variants(name, folder).items() if STUDIED in name else ():
+        for variant, file in onnxruntime_files(network_of(name), noise, folder).items() if STUDIED in name else ():
             listed[f"{name}|{variant}"] = (str(file), "f32")
     (folder / "graphs.json").write_text(json.dumps(listed), encoding="utf-8")
 
 
 def measure_speed(folder: Path, rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of every network and graph in this process, and where they go."""
+    """Return the milliseconds of every network and graph in this process, run by run, and where they go."""
     import openvino
 
     listed = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))
@@ -149,11 +147,11 @@ def measure_speed(folder: Path, rounds: int) -> dict[str, Any]:
         for key, (file, precision) in listed.items()
         if key not in sessions
     }
-    figures: dict[str, Any] = {"ms_quartiles": {}, "profiles": {}}
+    figures: dict[str, Any] = {"ms": {}, "profiles": {}}
     for batch in BATCHES:
         x_BCHW = np.random.default_rng(0).standard_normal((batch, 3, SIZE_PX, SIZE_PX), np.float32)
         runs = {key: sessions.get(key) or openvino_run(*graphs[key], x_BCHW.shape) for key in listed}
-        figures["ms_quartiles"][str(batch)] = by_turns(runs, x_BCHW, rounds)
+        figures["ms"][str(batch)] = by_turns(runs, x_BCHW, rounds)
         print(f"  batch {batch} done", file=sys.stderr, flush=True)
     x_BCHW = np.random.default_rng(0).standard_normal((PROFILED_BATCH, 3, SIZE_PX, SIZE_PX), np.float32)
     for key, (model, precision) in graphs.items():
@@ -180,19 +178,19 @@ def onnxruntime_run(file: str) -> Run:
 
 
 def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, list[float]]:
-    """Return the quartiles of what each run takes, in milliseconds; each has runs of 32 photos a round."""
+    """Return what each run takes, in milliseconds; a turn has runs of 32 photos."""
     times: dict[str, list[float]] = {key: [] for key in runs}
     repeats = max(BATCHES) // len(x_BCHW)  # one of a single photo varies by a fifth
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for key, run in runs.items():
             time.sleep(PAUSE_S)
             run(x_BCHW)  # wakes its threads
             begun_at = time.perf_counter()
             for _ in range(repeats):
                 run(x_BCHW)
-            if number > 1:  # the first two warm up
+            if number > 0:  # the first warms up
                 times[key].append(1e3 * (time.perf_counter() - begun_at) / repeats)
-    return {key: [round(q, 3) for q in statistics.quantiles(ms)] for key, ms in times.items()}
+    return times
 
 
 def profile(model: Any, precision: str, x_BCHW: Photos) -> dict[str, list[float]]:
@@ -346,13 +344,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", nargs=2, action="append", default=[], metavar=("MODEL", "DATA"))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each graph in each of three processes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the tables of a report, and measure nothing")
     parser.add_argument("--measure-in", type=Path, help=argparse.SUPPRESS)  # what the processes are started with
     options = parser.parse_args()
-    if options.rounds == 1:
-        parser.error("--rounds must be at least 2, for quartiles")
     if options.table:
         show(tables(json.loads(options.table.read_text(encoding="utf-8"))))
         return
@@ -377,7 +373,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_all(Path(folder))
         arguments = ["--rounds", str(options.rounds), "--measure-in", folder]
-        threads = {str(count): child(__file__, arguments, count) for count in THREADS}
+        passes = [{count: child(__file__, arguments, count) for count in THREADS} for _ in range(PASSES)]
+    threads = {
+        str(count): {
+            "ms_quartiles": quartiles_of([parts[count]["ms"] for parts in passes]),
+            "profiles": passes[0][count]["profiles"],
+        }
+        for count in THREADS
+    }
     report = {
         "command": f"python benchmarks/int8.py --rounds {options.rounds}",
         "size_px": SIZE_PX,

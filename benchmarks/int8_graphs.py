@@ -69,6 +69,30 @@ def placed_by_nncf(model: Any, photos: Photos) -> Any | None:
     return nncf.quantize(model.clone(), data, subset_size=len(photos), ignored_scope=scope)
 
 
+def onnxruntime_files(network: Any, photos: Photos, folder: Path) -> dict[str, Path]:
+    """Return the files of a network for ONNX Runtime, in float32 and quantised by its own tool."""
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{"input": photo[None]} for photo in photos])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    _, file = graph_of(network, folder, openvino=False)
+    prepared = file.with_stem(f"{file.stem}_prepared")
+    quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    files = {"onnxruntime float32": prepared}
+    everything = ["Conv", "Mul", "Add", "Concat", "Split", "Slice", "MaxPool", "Relu"]
+    kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
+    for variant, operators in (("onnxruntime int8", ["Conv"]), ("onnxruntime int8, all", everything)):
+        files[variant] = file.with_stem(f"{file.stem} {variant}")
+        kinds["op_types_to_quantize"] = operators
+        quantization.quantize_static(prepared, files[variant], Reader(), per_channel=True, **kinds)
+    return files
+
+
 def each_of_8_bits(weight: Any, axis: int) -> Any:
     """Let each weight have all of its 8 bits."""
     return np.abs(weight)
