@@ -56,6 +56,7 @@ from int8_graphs import (
     each_of_7_bits,
     each_of_8_bits,
     graph_of,
+    has_vnni,
     kept_of,
     onnxruntime_files,
     placed_by_nncf,
@@ -193,6 +194,16 @@ def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, lis
     return times
 
 
+def times_as_fast(parts: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, float]]:
+    """Return how many times as fast as bfloat16 each run was, the median over rounds: a machine has slow minutes."""
+    ratios: dict[str, dict[str, float]] = {batch: {} for batch in parts[0]}
+    for batch, key in ((batch, key) for batch in ratios for key in parts[0][batch]):
+        base = f"{key.split('|')[0]}|bfloat16"
+        pairs = [pair for part in parts for pair in zip(part[batch][base], part[batch][key], strict=True)]
+        ratios[batch][key] = round(statistics.median(of_base / ms for of_base, ms in pairs), 3)
+    return ratios
+
+
 def profile(model: Any, precision: str, x_BCHW: Photos) -> dict[str, list[float]]:
     """Return how many steps of each kind a graph has in OpenVINO, and the milliseconds that they take together."""
     request = compiled_for(model, x_BCHW.shape, precision, profiled=True)
@@ -241,11 +252,6 @@ def measure_accuracy(model_name: str, data: Path) -> dict[str, Any]:
     }
 
 
-def has_vnni() -> bool:
-    """Return whether the processor sums up products of 8-bit integers in 32 bits."""
-    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-
-
 def photos_of(card: Any, data: Path, count: int | None) -> tuple[Photos, Any]:
     """Return photos of a folder, prepared, and their labels: all, or some that are drawn."""
     from weightnet.images.decode import read_image
@@ -291,8 +297,8 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
     """Return the figures as tables in Markdown, by title."""
     return {
         "accuracy": accuracy_table(report["accuracy"]),
-        "speed on one core": speed_table(report["threads"]["1"]["ms_quartiles"]),
-        "speed on two cores": speed_table(report["threads"]["2"]["ms_quartiles"]),
+        "speed on one core": speed_table(report["threads"]["1"]),
+        "speed on two cores": speed_table(report["threads"]["2"]),
         "profiles": profile_table(report["threads"]["1"]["profiles"]),
     }
 
@@ -310,15 +316,12 @@ def accuracy_table(accuracy: dict[str, Any]) -> str:
 
 def speed_table(measured: dict[str, Any]) -> str:
     """Return medians in milliseconds a batch, and how many times as fast as bfloat16 in OpenVINO they are."""
-    columns = ["network", "graph", *(f"batch {batch}" for batch in measured)]
+    quartiles, ratios = measured["ms_quartiles"], measured["times_as_fast"]
+    columns = ["network", "graph", *(f"batch {batch}" for batch in quartiles)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for key in next(iter(measured.values())):
-        name, variant = key.split("|")
-        cells = [f"`{name}`", variant]
-        for quartiles in measured.values():
-            ms, base = quartiles[key][1], quartiles[f"{name}|bfloat16"][1]
-            cells.append(f"{ms:.3g} ({base / ms:.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
+    for key in next(iter(quartiles.values())):
+        cells = [f"{quartiles[batch][key][1]:.3g} ({ratios[batch][key]:.2f})" for batch in quartiles]
+        lines.append(f"| `{key.split('|')[0]}` | {key.split('|')[1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -377,6 +380,7 @@ def main() -> None:
     threads = {
         str(count): {
             "ms_quartiles": quartiles_of([parts[count]["ms"] for parts in passes]),
+            "times_as_fast": times_as_fast([parts[count]["ms"] for parts in passes]),
             "profiles": passes[0][count]["profiles"],
         }
         for count in THREADS

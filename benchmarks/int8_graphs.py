@@ -93,6 +93,11 @@ def onnxruntime_files(network: Any, photos: Photos, folder: Path) -> dict[str, P
     return files
 
 
+def has_vnni() -> bool:
+    """Return whether the processor sums up products of 8-bit integers in 32 bits."""
+    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
 def each_of_8_bits(weight: Any, axis: int) -> Any:
     """Let each weight have all of its 8 bits."""
     return np.abs(weight)
