@@ -53,22 +53,21 @@ from inference import (
     show,
 )
 from int8_graphs import (
+    STUDIED,
     each_of_7_bits,
     each_of_8_bits,
     graph_of,
     has_vnni,
-    kept_of,
     onnxruntime_files,
-    placed_by_nncf,
     places_at_inputs,
     quantised,
+    variants_of,
 )
 
 from weightnet.export.int8 import Photos, quantise
 
 NETWORKS = ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x2_0")
-STUDIED = "shufflenet_v2_x1_0"  # in which every graph is tried, and profiled at this batch:
-PROFILED_BATCH = 8
+PROFILED_BATCH = 8  # of the network in which every graph is tried
 CALIBRATED, CHOSEN_ON = 256, 1000  # photos
 MEASURED = (
     "float32",
@@ -94,31 +93,6 @@ def compiled_for(model: Any, shape: tuple[int, ...], precision: str, *, profiled
     model.reshape({"input": list(shape)})
     options = {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": profiled}
     return openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-
-
-def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
-    """Return a network's graphs, and in what precision their floating point is computed."""
-    noise = np.random.default_rng(1).standard_normal((8, 3, SIZE_PX, SIZE_PX), np.float32)
-    network = network_of(name)
-    exported, _ = graph_of(network, folder, "auto")
-    model, _ = graph_of(network, folder)
-    low = "bf16" if has_bfloat16() else "f32"
-    int8, whole = quantised(network, noise, folder), quantise(model, noise)
-    variants = {"float32": (exported, "f32"), "bfloat16": (exported, low), "int8": (int8, low)}
-    narrow = bool(kept_of(network))
-    if narrow:
-        variants["int8, all"] = (whole, low)
-    if plain_twin(STUDIED) != plain_twin(name):
-        return variants
-    variants["int8, rest float32"] = (int8, "f32")
-    if narrow:
-        variants["int8, all, rest float32"] = (whole, "f32")
-    variants["int8, at each input"] = (quantise(model, noise, find=places_at_inputs), low)
-    if name == STUDIED:
-        late, _ = graph_of(network, folder, late_gain=True)
-        variants["int8, late gain"] = (quantise(late, noise), low)
-    by_nncf = placed_by_nncf(model, noise)
-    return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
 
 
 def write_all(folder: Path) -> None:
@@ -196,11 +170,13 @@ def by_turns(runs: dict[str, Run], x_BCHW: Photos, rounds: int) -> dict[str, lis
 
 def times_as_fast(parts: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, float]]:
     """Return how many times as fast as bfloat16 each run was, the median over rounds: a machine has slow minutes."""
-    ratios: dict[str, dict[str, float]] = {batch: {} for batch in parts[0]}
-    for batch, key in ((batch, key) for batch in ratios for key in parts[0][batch]):
-        base = f"{key.split('|')[0]}|bfloat16"
-        pairs = [pair for part in parts for pair in zip(part[batch][base], part[batch][key], strict=True)]
-        ratios[batch][key] = round(statistics.median(of_base / ms for of_base, ms in pairs), 3)
+    ratios: dict[str, dict[str, float]] = {}
+    for batch, times in parts[0].items():
+        ratios[batch] = {}
+        for key in times:
+            base = f"{key.split('|')[0]}|bfloat16"
+            pairs = [pair for part in parts for pair in zip(part[batch][base], part[batch][key], strict=True)]
+            ratios[batch][key] = round(statistics.median(of_base / ms for of_base, ms in pairs), 3)
     return ratios
 
 

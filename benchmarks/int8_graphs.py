@@ -9,9 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from inference import SIZE_PX, has_bfloat16, network_of, plain_twin
 
 from weightnet.export.int8 import Photos, Place, int8_form, kept_stages, quantise
 from weightnet.nn.fold import FoldForm
+
+STUDIED = "shufflenet_v2_x1_0"  # the network in which every graph is tried
+
+
+def variants_of(name: str, folder: Path) -> dict[str, tuple[Any, str]]:
+    """Return a network's graphs, and in what precision their floating point is computed."""
+    noise = np.random.default_rng(1).standard_normal((8, 3, SIZE_PX, SIZE_PX), np.float32)
+    network = network_of(name)
+    exported, _ = graph_of(network, folder, "auto")
+    model, _ = graph_of(network, folder)
+    low = "bf16" if has_bfloat16() else "f32"
+    int8, whole = quantised(network, noise, folder), quantise(model, noise)
+    variants = {"float32": (exported, "f32"), "bfloat16": (exported, low), "int8": (int8, low)}
+    narrow = bool(kept_of(network))
+    if narrow:
+        variants["int8, all"] = (whole, low)
+    if plain_twin(STUDIED) != plain_twin(name):
+        return variants
+    variants["int8, rest float32"] = (int8, "f32")
+    if narrow:
+        variants["int8, all, rest float32"] = (whole, "f32")
+    variants["int8, at each input"] = (quantise(model, noise, find=places_at_inputs), low)
+    if name == STUDIED:
+        late, _ = graph_of(network, folder, late_gain=True)
+        variants["int8, late gain"] = (quantise(late, noise), low)
+    by_nncf = placed_by_nncf(model, noise)
+    return variants if by_nncf is None else {**variants, "int8, placed by NNCF": (by_nncf, low)}
 
 
 def graph_of(
