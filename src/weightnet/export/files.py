@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ PRECISIONS = {
 }
 
 PREPROCESSING = (".onnx", ".xml")  # what may have it inside
+
+_PIXEL_AXES = "pixel_axes"  # the name of a constant
 
 # Not by MNN's own command, which installs a package of its maker to report each use of it.
 _CONVERT_MNN = "import sys, _tools; _tools.mnnconvert(sys.argv)"
@@ -129,7 +132,8 @@ def _write_executorch(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -
 def _write_mnn(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[Path]:
     if not find_spec("MNN"):
         raise missing_runtime("MNN", "'weightnet[mnn]'", ModuleNotFoundError("No module named 'MNN'"))
-    (graph,) = _write_onnx(network, path.with_suffix(".onnx"), dataclasses.replace(wanted, precision="fp32"))
+    graph = path.with_suffix(".onnx")
+    graph.write_bytes(_with_convolutions(build_graph(network, wanted.outputs)).SerializeToString())
     # In a process of its own: it writes to standard output, where it also says what is wrong, and returns all the same.
     words = ["-f", "ONNX", "--modelFile", os.fspath(graph), "--MNNModel", os.fspath(path), "--bizCode", "weightnet"]
     words += ["--fp16"] * (wanted.precision == "fp16")
@@ -140,6 +144,37 @@ def _write_mnn(network: FoldedShuffleNetV2, path: Path, wanted: Wanted) -> list[
         what = " ".join((done.stdout + done.stderr).split())[-300:]
         raise WeightsError(f"A network must be one that MNN takes. Got: {what}. Write an .onnx file.")
     return [path]
+
+
+def _with_convolutions(model: Any) -> Any:
+    """Turn fully connected layers into 1x1 convolutions of one pixel.
+
+    What MNN 3.6 makes of the former are such convolutions too, but while other processes keep the cores busy the
+    weights that it writes of the last one are mostly wrong.
+    """
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        (x, weight, bias), (y,) = node.input, node.output
+        kernel = numpy_helper.to_array(constants[weight])[:, :, None, None]
+        model.graph.initializer.append(numpy_helper.from_array(kernel, f"{weight}.kernel"))
+        nodes += [
+            helper.make_node("Unsqueeze", [x, _PIXEL_AXES], [f"{y}.map"], f"{y}.map"),
+            helper.make_node("Conv", [f"{y}.map", f"{weight}.kernel", bias], [f"{y}.pixel"], f"{y}.pixel"),
+            helper.make_node("Squeeze", [f"{y}.pixel", _PIXEL_AXES], [y], y),
+        ]
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    model.graph.ClearField("node")
+    model.graph.ClearField("initializer")
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend([*kept, numpy_helper.from_array(np.array([2, 3], np.int64), _PIXEL_AXES)])
+    return model
 
 
 class _Outputs(nn.Module):
