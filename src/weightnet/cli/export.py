@@ -37,7 +37,8 @@ def export(
         out: OUT.onnx, OUT.xml, OUT.pt2, OUT.pte or OUT.mnn; the card is OUT.json.
         precision: fp16, for .onnx, .xml and .mnn, keeps the weights in half precision, in a file half as large, and
             computes in single precision; bf16, for .xml, also computes in bfloat16 where the processor has it; int8,
-            for .xml, computes static convolutions in 8-bit integers, and needs --calibration.
+            for .xml, computes static convolutions in 8-bit integers, of a WeightNet all with --form feature, and needs
+            --calibration.
         form: How generated 1x1 layers are computed: feature as static convolutions and gains, matmul as a batched
             matrix product by mixed kernels; auto takes the faster one for each stage of the network.
         outputs: What the file gives beside logits: pre_logits are the pooled features, features the last map,
